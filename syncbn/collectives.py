@@ -1,0 +1,234 @@
+"""The communication seam: the only file that calls torch.distributed.
+
+Requirements
+    - one all_reduce a call, float64, in program order: nothing here depends on data, shapes or gradients of one rank;
+    - a group is named once (None, a ProcessGroup, a 1-D DeviceMesh or a size) and resolved at each use, so that a model
+      can be built, copied and pickled before any process group exists, and outlive one;
+    - observers see every call, and cost nothing when there are none.
+"""
+
+import contextlib
+import contextvars
+import datetime
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+ProcessGroup = dist.ProcessGroup
+GroupLike = ProcessGroup | DeviceMesh | None
+
+# What torch.distributed.new_group returns to a rank that is not in the new group.
+OUTSIDE = dist.GroupMember.NON_GROUP_MEMBER
+
+# Each default group's groups by size; they go when it does.
+_groups_by_size: weakref.WeakKeyDictionary[ProcessGroup, dict[int, ProcessGroup]] = weakref.WeakKeyDictionary()
+
+
+class CollectiveError(RuntimeError):
+    """A layer's collective failed: a peer is gone or did not come within the group's timeout. Chained to the backend's."""
+
+
+class Group:
+    """The processes that share statistics: all of them (None), a ProcessGroup, a 1-D DeviceMesh, or groups of a size.
+
+    `deepcopy` shares a group; `pickle` keeps None and sizes and raises TypeError for what lives in one process only.
+    """
+
+    __slots__ = ("group_size", "process_group")
+
+    def __init__(self, process_group: GroupLike = None, group_size: int | None = None):
+        """
+        Args:
+            process_group: None (every rank), a ProcessGroup, or a DeviceMesh of one dimension.
+            group_size: contiguous groups of this many ranks. Every rank makes all of them, at its first training forward.
+
+        Raises:
+            TypeError: the group is none of these, or the size is no int.
+            ValueError: both are given, the size is below 1, or the mesh has several dimensions.
+        """
+        if process_group is not None and group_size is not None:
+            raise ValueError(f"given process_group={process_group!r} and group_size={group_size!r}; expected one of them")
+        if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool)):
+            raise TypeError(f"given group_size={group_size!r}; expected an int, the number of ranks in a group")
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"given group_size={group_size}; expected 1 or more")
+        if isinstance(process_group, DeviceMesh) and process_group.ndim != 1:
+            raise ValueError(
+                f"given a DeviceMesh of {process_group.ndim} dimensions {process_group.mesh_dim_names}; "
+                'expected one dimension: slice it, as in mesh["dp"]'
+            )
+        if not is_group_like(process_group):
+            raise TypeError(
+                f"given process_group={process_group!r} of type {type(process_group).__name__}; "
+                "expected a torch.distributed.ProcessGroup, a 1-D DeviceMesh or None for all ranks"
+            )
+        self.process_group = process_group
+        self.group_size = group_size
+
+    def resolve(self) -> ProcessGroup | None:
+        """The ProcessGroup, or None where this process is alone: no distributed job, or groups of one rank.
+
+        Raises:
+            ValueError: this rank is outside of the group, or the world size is not a multiple of the group size.
+        """
+        group: Any = self.process_group
+        if isinstance(group, ProcessGroup):
+            return group
+        if group is None:
+            if not dist.is_initialized():
+                return None
+            return dist.group.WORLD if self.group_size is None else _group_of_size(self.group_size)
+        if isinstance(group, DeviceMesh) and group.get_coordinate() is not None:
+            return group.get_group()
+        raise ValueError(
+            "given a process group that this rank is not in; expected one that holds every rank on which the layer trains"
+        )
+
+    def size(self) -> int:
+        """The number of processes that share statistics with this one, itself included."""
+        group = self.resolve()
+        return 1 if group is None else group.size()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Group) and (self.process_group, self.group_size) == (
+            other.process_group,
+            other.group_size,
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.process_group), self.group_size))
+
+    def __repr__(self) -> str:
+        if self.group_size is not None:
+            return f"group_size={self.group_size}"
+        return f"process_group={self.process_group}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.process_group is not None:
+            raise TypeError(
+                f"given a layer with {self!r}, which lives in this process only and cannot be pickled; expected no group or a "
+                "group_size: save model.state_dict(), or syncbn.revert(model) before saving and syncbn.convert it after loading"
+            )
+        return Group, (None, self.group_size)
+
+
+def is_group_like(value: object) -> bool:
+    """Whether value is None, a ProcessGroup, a DeviceMesh, or what new_group gives a rank outside of the group."""
+    return value is None or isinstance(value, (ProcessGroup, DeviceMesh)) or (type(value) is int and value == OUTSIDE)
+
+
+def is_default_group(group: object) -> bool:
+    """Whether group is the default process group, which None means wherever a job is run."""
+    return dist.is_initialized() and group is dist.group.WORLD
+
+
+def _group_of_size(size: int) -> ProcessGroup | None:
+    """This rank's group among contiguous groups of `size` ranks, made once for all layers; None for groups of one."""
+    world = dist.group.WORLD
+    assert world is not None
+    if world.size() % size:
+        raise ValueError(f"given group_size={size} in a world of {world.size()}; expected a divisor of the world size")
+    if size == 1:
+        return None
+    groups = _groups_by_size.setdefault(world, {})
+    if size not in groups:
+        groups[size] = dist.new_subgroups(size, timeout=timeout(world))[0]
+    return groups[size]
+
+
+def timeout(group: ProcessGroup) -> datetime.timedelta:
+    """How long the group's collectives wait for a peer; new groups do not inherit it by themselves."""
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the world size, for messages; (0, 1) where there is no distributed job."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Call(NamedTuple):
+    """What a collective is for, as observers and error messages see it."""
+
+    layer: str
+    phase: str  # "forward" or "backward"
+    channels: int
+    dtype: torch.dtype  # of the layer's input
+    group: ProcessGroup | None
+
+
+class Observer(Protocol):
+    """Sees each collective of each layer run inside `observe`. Messages are not to be written to."""
+
+    def before(self, call: Call, local: Tensor) -> bool | None:
+        """True asks that the running statistics be held still in this call."""
+
+    def after(self, call: Call, local: Tensor, reduced: Tensor) -> None: ...
+
+    def failed(self, call: Call, error: BaseException) -> None: ...
+
+
+class Reduced(NamedTuple):
+    message: Tensor  # the sum over the group, in the order and dtype of the local message
+    hold: bool  # an observer asked that running statistics be held
+
+
+_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("syncbn_observers", default=())
+
+
+def observers() -> tuple[Observer, ...]:
+    """The observers of this context. A backward uses those of its forward: autograd may run it in another thread."""
+    return _observers.get()
+
+
+@contextlib.contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Show `observer` every collective whose forward runs inside, in this context only."""
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()) -> Reduced:
+    """The sum of `message` over call.group: in place, on a message that the caller owns. A lone process's is as it was.
+
+    Raises:
+        CollectiveError: the backend raised; the others of the group raise too, or wait until its timeout.
+    """
+    if not observers:
+        return Reduced(_all_reduce(message, call), False)
+    local, hold = message.clone(), False
+    try:
+        for observer in observers:
+            hold = bool(observer.before(call, local)) or hold
+        _all_reduce(message, call)
+    except BaseException as error:
+        for observer in observers:
+            observer.failed(call, error)
+        raise
+    for observer in observers:
+        observer.after(call, local, message)
+    return Reduced(message, hold)
+
+
+def _all_reduce(message: Tensor, call: Call) -> Tensor:
+    if call.group is not None and call.group.size() > 1:
+        try:
+            dist.all_reduce(message, group=call.group)
+        except RuntimeError as error:
+            rank, size = rank_and_size()
+            raise CollectiveError(
+                f"all_reduce of layer {call.layer!r} failed in {call.phase} on rank {rank} of {size}, in a group of "
+                f"{call.group.size()} on {message.device}; expected every rank of the group to reach it within "
+                f"{timeout(call.group)}: look for the first error among the other ranks"
+            ) from error
+    return message

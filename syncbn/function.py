@@ -1,0 +1,189 @@
+"""Synchronized batch normalization as a function: the one autograd.Function of eager training, and its public form.
+
+Requirements
+    - every rank of the group issues one all_reduce in forward and one in backward, whatever its share, gradients or layout;
+    - what can be checked is checked before the collective, and the error names the layer and the rank;
+    - alone, without an observer, it is torch.nn.functional.batch_norm to the bit, errors included.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import collectives, kernels
+from .collectives import Call, Group, GroupLike
+from .kernels import Affine, Running, Saved
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """Forward: moments, all_reduce, normalize. Backward: gradient sums, all_reduce, input gradient (see `syncbn.equations`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (N, C, *)
+        weight: Tensor | None,  # (C,)
+        bias: Tensor | None,  # (C,)
+        eps: float,
+        running: Running | None,  # buffers to move
+        call: Call,  # of the forward collective
+    ) -> Tensor:
+        compute, observers = kernels.pick(x), collectives.observers()
+        message, hold = collectives.all_reduce(compute.moments(x), call, observers)
+        y, saved = compute.normalize(x, message, Affine(weight, bias, eps), None if hold else running)
+        ctx.save_for_backward(x, *saved)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call, ctx.observers = call._replace(phase="backward"), observers
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        saved, compute = Saved(*rest), kernels.pick(x)
+        sums = compute.gradient_sums(dy, x, saved)
+        # Issued whether this rank needs dx or not: the others may.
+        message = collectives.all_reduce(sums.message, ctx.call, ctx.observers).message
+        dx = compute.input_gradient(dy, x, saved, message) if ctx.needs_input_grad[0] else None
+        dweight = None if saved.weight is None else sums.weight.to(saved.weight.dtype)
+        dbias = None if ctx.bias_dtype is None else sums.bias.to(ctx.bias_dtype)
+        return dx, dweight, dbias, None, None, None
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: GroupLike = None,
+    *,
+    _force_sync: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` with the statistics of the batch of all processes (Ioffe & Szegedy 2015, algorithm 1).
+
+    In training one all_reduce of 2C+1 float64 values forward and one of 2C backward, whatever the ranks' shares of the batch;
+    without `training`, and in a process that is alone, it is F.batch_norm itself.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64, any strides; N and * may be empty, and differ between ranks.
+        running_mean, running_var: (C,) moved in place in training by `momentum`, the variance by v·n/(n − 1) of the global n;
+            both or neither. No value in the whole batch leaves both; a single one moves the mean and leaves the variance.
+        weight, bias: (C,) γ and β, in any floating dtype. Their gradients are the sums over this rank's share: see
+            `syncbn.SyncBatchNorm` on what data-parallel averaging makes of them.
+        training: normalize by the batch, not by the running statistics.
+        momentum: the step of the running statistics.
+        eps: ε, added to the variance.
+        process_group: the ranks that share statistics: None (all), a ProcessGroup or a 1-D DeviceMesh.
+
+    Returns:
+        (N, C, *) in the dtype of `input` and the strides of torch.empty_like(input).
+
+    Raises:
+        ValueError: fewer than 2 dimensions, channels that do not fit, one running statistic of the two, negative eps, tensors
+            on several devices, a device without float64, a rank outside of the group.
+        TypeError: an input that is not of the four dtypes, a momentum that is no number, a group that is none.
+        CollectiveError: a peer is gone, or did not come within the group's timeout.
+    """
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"given one of running_mean and running_var; expected both or neither ({where('sync_batch_norm')})")
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(
+            f"given momentum={momentum!r}; expected a number: None is for layers, which count batches "
+            f"({where('sync_batch_norm')})"
+        )
+    running = None if running_mean is None or running_var is None else Running(running_mean, running_var, None, momentum)
+    site = Site("sync_batch_norm", Group(process_group), None, _force_sync)
+    return train(input, Affine(weight, bias, eps), running, site)
+
+
+class Site(NamedTuple):
+    """Where a batch is normalized: what the layer knows of itself, for the collective and for error messages."""
+
+    layer: str
+    group: Group
+    channels: int | None  # what the layer was made for; None: as many as the input has
+    force_sync: bool  # take the synchronized path in a process that is alone too
+
+
+def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Tensor:
+    """Normalize x (N, C, *) by the statistics of its batch over the site's group, and move `running`."""
+    try:
+        group = site.group.resolve()
+    except ValueError as error:
+        raise ValueError(f"{error} ({where(site.layer)})") from None
+    alone = group is None or group.size() == 1
+    if alone and not site.force_sync and not collectives.observers():
+        return _train_alone(x, affine, running)
+    problem = _problem(x, affine, running, site.channels)
+    if problem is not None:
+        raise type(problem)(f"{problem} ({where(site.layer)})")
+    call = Call(site.layer, "forward", x.shape[1], x.dtype, group)
+    return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.eps, running, call)
+
+
+def _train_alone(x: Tensor, affine: Affine, running: Running | None) -> Tensor:
+    """F.batch_norm as torch.nn.BatchNorm calls it, but for momentum=None, whose factor stays on the device."""
+    weight, bias, eps = affine
+    if running is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    mean, var, num_batches_tracked, momentum = running
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is not None:
+        return F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+    assert num_batches_tracked is not None, "momentum=None counts batches"
+    batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
+    y = F.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, eps)
+    factor = num_batches_tracked.double().reciprocal()
+    mean.copy_(factor * batch_mean + (1 - factor) * mean)
+    var.copy_(factor * batch_var + (1 - factor) * var)
+    return y
+
+
+def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int | None) -> Exception | None:
+    """What is wrong with the arguments, if anything; all of it is known before the collective."""
+    if x.dim() < 2:
+        return ValueError(f"given input of shape {tuple(x.shape)}; expected (N, C, *), 2 dimensions or more")
+    if x.dtype not in FLOATING:
+        return TypeError(f"given input of {x.dtype}; expected float16, bfloat16, float32 or float64")
+    if affine.eps < 0:
+        return ValueError(f"given eps={affine.eps}; expected 0 or more")
+    if channels is not None and x.shape[1] != channels:
+        return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
+    named = {"weight": affine.weight, "bias": affine.bias}
+    if running is not None:
+        named |= {"running_mean": running.mean, "running_var": running.var}
+    for name, value in named.items():
+        if value is None:
+            continue
+        if value.shape != x.shape[1:2]:
+            return ValueError(
+                f"given input of shape {tuple(x.shape)} and {name} of shape {tuple(value.shape)}; "
+                f"expected {name} of shape {tuple(x.shape[1:2])}, one value per channel"
+            )
+        if value.device != x.device:
+            return ValueError(f"given input on {x.device} and {name} on {value.device}; expected one device")
+        if value.dtype not in FLOATING:
+            return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
+    try:
+        kernels.pick(x)
+    except ValueError as error:
+        return error
+    return None
+
+
+def where(layer: str) -> str:
+    """The end of an error message: which layer, on which rank."""
+    rank, size = collectives.rank_and_size()
+    return f"layer {layer!r}, rank {rank} of {size}"

@@ -1,0 +1,81 @@
+"""The compute seam: four functions over one share of the batch, and the choice of who computes them.
+
+    moments(x) → message                                   reduce: [S1, S2, n], (2C+1,) float64
+    normalize(x, message, affine, running) → y, saved      apply; writes the running statistics when they are given
+    gradient_sums(dy, x, saved) → sums                     reduce: [G1, G2], (2C,) float64, and the local dγ, dβ
+    input_gradient(dy, x, saved, message) → dx             apply
+
+`syncbn.equations` is the reference that every implementation is tested against. All of them keep the strides that
+`torch.empty_like` gives, return the dtype of x, and never wait for the device.
+"""
+
+import functools
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+
+class Affine(NamedTuple):
+    """What is applied to the normalized value."""
+
+    weight: Tensor | None  # (C,) any floating dtype
+    bias: Tensor | None  # (C,) any floating dtype
+    eps: float
+
+
+class Running(NamedTuple):
+    """The buffers that `normalize` moves in place, and how far."""
+
+    mean: Tensor  # (C,) any floating dtype
+    var: Tensor  # (C,)
+    num_batches_tracked: Tensor | None  # () int64; advances by one if the batch has a value
+    momentum: float | None  # None: 1 / num_batches_tracked, the cumulative average
+
+
+class Saved(NamedTuple):
+    """What backward needs beside x: copies, never the buffers."""
+
+    mean: Tensor  # (C,) float64, of the whole batch
+    invstd: Tensor  # (C,) float64
+    count: Tensor  # type: ignore[assignment]  # () float64, of the whole batch
+    weight: Tensor | None  # (C,)
+
+
+class GradientSums(NamedTuple):
+    """The message of backward and, from the same sums, the share's own parameter gradients."""
+
+    message: Tensor  # (2C,) float64 [G1, G2]
+    weight: Tensor  # (C,) float64 local dγ
+    bias: Tensor  # (C,) float64 local dβ
+
+
+class Kernels(Protocol):
+    """The seam as a type; a module is one."""
+
+    def moments(self, x: Tensor) -> Tensor: ...
+    def normalize(self, x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]: ...
+    def gradient_sums(self, dy: Tensor, x: Tensor, saved: Saved) -> GradientSums: ...
+    def input_gradient(self, dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor: ...
+
+
+@functools.cache
+def has_float64(device_type: str) -> bool:
+    """Whether the device can hold the float64 messages."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device_type)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def pick(x: Tensor) -> Kernels:
+    """The kernels for x. ValueError if its device has no float64."""
+    if not has_float64(x.device.type):
+        raise ValueError(
+            f"given input on device {str(x.device)!r}, which has no float64; "
+            "expected a device that has it, since statistics are reduced in float64: train on the CPU or a CUDA device"
+        )
+    from . import aten
+
+    return cast(Kernels, aten)

@@ -1,0 +1,72 @@
+"""The kernels composed of ATen operators: every device that has float64, and the fallback wherever nothing faster is at hand.
+
+Requirements: values of `syncbn.equations` to rounding; one temporary of the size of x in each function, in the dtype the
+elements are computed in; the low half of the mean is folded into the per-channel addend, so that it costs no pass.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import equations
+from ..equations import channel_dims, compute_dtype, per_channel
+from . import Affine, GradientSums, Running, Saved
+
+
+def _shifted(x: Tensor, shift: Tensor) -> Tensor:
+    """x − shift (C,) in the dtype x is computed in, with the strides of torch.empty_like(x)."""
+    out = torch.empty_like(x, dtype=compute_dtype(x.dtype))
+    return torch.sub(x, per_channel(shift, x), out=out)
+
+
+def moments(x: Tensor) -> Tensor:
+    shift = equations.pivot(x)
+    centered = _shifted(x, shift)
+    s1 = centered.sum(channel_dims(x))
+    s2 = centered.square_().sum(channel_dims(x))
+    return equations.pack_moments(x, shift, s1, s2)
+
+
+def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
+    stats = equations.statistics(message)
+    invstd = equations.invstd(stats.var, affine.eps)
+    if running is not None:
+        _move(running, stats)
+    hi, lo = equations.split(stats.mean, x)
+    scale = invstd if affine.weight is None else invstd * affine.weight
+    shift = -scale * lo if affine.bias is None else affine.bias - scale * lo
+    y = _shifted(x, hi).mul_(per_channel(scale, x)).add_(per_channel(shift, x))
+    return y.to(x.dtype), Saved(stats.mean, invstd, stats.count, affine.weight)
+
+
+def _move(running: Running, stats: equations.Statistics) -> None:
+    """Move the running statistics in place, in float64, by a factor that stays on the device."""
+    factor: float | Tensor
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(stats.count > 0)
+    if running.momentum is not None:
+        factor = running.momentum
+    else:
+        assert running.num_batches_tracked is not None, "momentum=None counts batches"
+        factor = running.num_batches_tracked.clamp(min=1).double().reciprocal()
+    mean, var = equations.running_statistics(running.mean, running.var, stats, factor)
+    running.mean.copy_(mean)
+    running.var.copy_(var)
+
+
+def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
+    hi, lo = equations.split(saved.mean, x)
+    sum_dy = dy.sum(channel_dims(x), dtype=compute_dtype(x.dtype)).double()
+    sum_dy_xhi = _shifted(x, hi).mul_(dy).sum(channel_dims(x)).double()
+    sum_dy_xmu = sum_dy_xhi - lo * sum_dy
+    return GradientSums(torch.cat([sum_dy, sum_dy_xmu]), sum_dy_xmu * saved.invstd, sum_dy)
+
+
+def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
+    sum_dy, sum_dy_xmu = message.chunk(2)
+    hi, lo = equations.split(saved.mean, x)
+    n = saved.count.clamp(min=1)
+    scale = saved.invstd if saved.weight is None else saved.invstd * saved.weight
+    slope = -scale * saved.invstd.square() * sum_dy_xmu / n
+    shift = -scale * sum_dy / n - slope * lo
+    dx = _shifted(x, hi).mul_(per_channel(slope, x)).add_(per_channel(shift, x))
+    return dx.addcmul_(dy.to(dx.dtype), per_channel(scale, x)).to(x.dtype)

@@ -1,0 +1,169 @@
+"""Synchronized batch normalization as layers.
+
+Requirements
+    - a subclass of torch's class of the same dimensions: constructor, flags, parameters, buffers and state_dict are its own;
+    - the class alone makes the difference: an nn.BatchNorm2d whose __class__ is SyncBatchNorm2d is a working layer;
+    - what is ours in an instance is one attribute, `_syncbn`, which need not be there.
+"""
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .collectives import Group, GroupLike, ProcessGroup
+from .function import Site, train, where
+from .kernels import Affine, Running
+
+
+class Binding(NamedTuple):
+    """What a layer knows of its conversion and its group."""
+
+    group: Group
+    path: str | None = None  # in the converted model
+    origin: type[nn.Module] | None = None  # the class before conversion; None: made as ours
+
+
+ALL_RANKS = Binding(Group())
+
+
+class _Synchronized(_BatchNorm):
+    """The forward of every layer of ours, over any `_BatchNorm`."""
+
+    _syncbn: Binding = ALL_RANKS
+    _force_sync: bool = False  # take the synchronized path in a process that is alone too: for tests and benchmarks
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The group whose ranks share statistics, None where this process is alone. ValueError on a rank outside of it."""
+        return self._syncbn.group.resolve()
+
+    def _build(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        factory: dict[str, Any],  # device and dtype; bias only when it is False: not every torch has it
+        group: Group,
+    ) -> None:
+        """Torch's constructor, and the group."""
+        if eps < 0:
+            raise ValueError(f"given eps={eps} for {type(self).__name__}({num_features}); expected 0 or more")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
+        if group != ALL_RANKS.group:
+            self._syncbn = Binding(group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            self._check_input_dim(input)
+        except ValueError as error:
+            raise ValueError(f"{error} ({where(self._name())})") from None
+        mean, var = self.running_mean, self.running_var
+        if not self.training:
+            by_batch = mean is None and var is None
+            return F.batch_norm(input, mean, var, self.weight, self.bias, by_batch, self.momentum or 0.0, self.eps)
+        running = None
+        if self.track_running_stats and mean is not None and var is not None:
+            uncounted = self.momentum is None and self.num_batches_tracked is None
+            running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
+        site = Site(self._name(), self._syncbn.group, self.num_features, self._force_sync)
+        return train(input, Affine(self.weight, self.bias, self.eps), running, site)
+
+    def _name(self) -> str:
+        """The layer in messages: its path if it was converted, else its class and size."""
+        return self._syncbn.path or f"{type(self).__name__}({self.num_features})"
+
+    def extra_repr(self) -> str:
+        group = self._syncbn.group
+        return super().extra_repr() + ("" if group == ALL_RANKS.group else f", {group!r}")
+
+
+class SyncBatchNorm(_Synchronized):
+    """Batch normalization over the batch of all processes, for input (N, C, *) of 2 dimensions and more.
+
+    In training, mean and variance are those of the whole mini-batch, exactly, for any split of it among the ranks: unequal,
+    empty, or one element each (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1). The running variance takes v·n/(n − 1)
+    with the global count n. In eval mode, and in a process that is alone, it is torch's batch norm; with momentum=None such
+    a process moves its running statistics on the device, equal to torch's to rounding. Takes state_dicts of nn.BatchNorm*
+    and nn.SyncBatchNorm, and gives them back.
+
+    A batch without a value on any rank leaves running statistics and num_batches_tracked as they were (torch counts it where
+    it does not raise); a single value in the whole batch moves running_mean and leaves running_var.
+
+    **Gradients of weight and bias are the sums over this rank's share**, which a data-parallel wrapper reduces with the others.
+    DistributedDataParallel averages them over W ranks, so with unequal shares a mean loss on each rank is not the mean loss of
+    the batch. Sum instead: with N samples in the whole batch, a loss of
+
+        F.cross_entropy(output, target, reduction="sum") * W / N
+
+    on each rank gives the gradients of the mean loss of one process, for any shares; never take the mean of an empty share,
+    which is NaN.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: GroupLike = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        group_size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            num_features: C.
+            eps, momentum, affine, track_running_stats, device, dtype, bias: as torch.nn.SyncBatchNorm has them.
+            process_group: the ranks that share statistics: None (all), a ProcessGroup or a 1-D DeviceMesh.
+            group_size: instead, contiguous groups of this many ranks.
+
+        Raises:
+            TypeError, ValueError: a group that is none, both kinds of group, or a negative eps; in forward, those of
+                `sync_batch_norm`.
+        """
+        factory = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})
+        self._build(num_features, eps, momentum, affine, track_running_stats, factory, Group(process_group, group_size))
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+class _LikeTorch(_Synchronized):
+    """The constructor of SyncBatchNorm1d/2d/3d: torch's of the same dimensions, and the group by keyword."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        process_group: GroupLike = None,
+        group_size: int | None = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})
+        self._build(num_features, eps, momentum, affine, track_running_stats, factory, Group(process_group, group_size))
+
+
+class SyncBatchNorm1d(_LikeTorch, nn.BatchNorm1d):
+    """`SyncBatchNorm` as nn.BatchNorm1d: input (N, C) or (N, C, L)."""
+
+
+class SyncBatchNorm2d(_LikeTorch, nn.BatchNorm2d):
+    """`SyncBatchNorm` as nn.BatchNorm2d: input (N, C, H, W)."""
+
+
+class SyncBatchNorm3d(_LikeTorch, nn.BatchNorm3d):
+    """`SyncBatchNorm` as nn.BatchNorm3d: input (N, C, D, H, W)."""

@@ -1,0 +1,173 @@
+"""Every implementation of the compute seam, and the equations, against the oracle: all ranks in one process."""
+
+import itertools
+from typing import NamedTuple
+
+import batches
+import oracle
+import pytest
+import tolerance
+import torch
+from batches import Case, Result
+
+from syncbn import equations
+from syncbn.kernels import Affine, GradientSums, Running, Saved, aten
+
+
+class Equations:
+    """The equations behind the seam of the kernels."""
+
+    moments = staticmethod(equations.moments)
+
+    @staticmethod
+    def normalize(x, message, affine, running):
+        stats = equations.statistics(message)
+        if running is not None:
+            mean, var = equations.running_statistics(running.mean, running.var, stats, running.momentum)
+            running.mean.copy_(mean)
+            running.var.copy_(var)
+        y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps)
+        out = torch.empty_like(x).copy_(y)
+        return out, Saved(stats.mean, equations.invstd(stats.var, affine.eps), stats.count, affine.weight)
+
+    @staticmethod
+    def gradient_sums(dy, x, saved):
+        message = equations.gradient_sums(dy, x, saved.mean)
+        sum_dy, sum_dy_xmu = message.chunk(2)
+        return GradientSums(message, sum_dy_xmu * saved.invstd, sum_dy)
+
+    @staticmethod
+    def input_gradient(dy, x, saved, message):
+        stats = equations.Statistics(saved.mean, saved.invstd.pow(-2), saved.count)
+        return torch.empty_like(x).copy_(equations.input_gradient(dy, x, stats, saved.weight, 0.0, message))
+
+
+KERNELS = {"aten": aten, "equations": Equations}
+
+
+def over_shares(kernels, case: Case, seed: int = 0) -> list[Result]:
+    """What the ranks of `case` compute together."""
+    xs, dys = batches.make(case, seed)
+    weight, bias = batches.parameters(case, seed)
+    message = torch.stack([kernels.moments(x) for x in xs]).sum(0)
+    assert message.shape == (2 * batches.CHANNELS + 1,)
+    assert message.dtype == torch.float64
+    applied = []
+    for x in xs:
+        running = Running(*batches.buffers(case, seed), None, batches.momentum_of(case))
+        applied.append((*kernels.normalize(x, message, Affine(weight, bias, case.eps), running), running))
+    sums = [kernels.gradient_sums(dy, x, saved) for dy, x, (_, saved, _) in zip(dys, xs, applied, strict=True)]
+    total = torch.stack([s.message for s in sums]).sum(0)
+    return [
+        Result(
+            y,
+            kernels.input_gradient(dy, x, saved, total),
+            None if weight is None else s.weight.to(weight.dtype),
+            None if bias is None else s.bias.to(bias.dtype),
+            running.mean,
+            running.var,
+        )
+        for x, dy, s, (y, saved, running) in zip(xs, dys, sums, applied, strict=True)
+    ]
+
+
+PRODUCT = [
+    Case(world, shares, space, dtype, layout)
+    for world, shares, space, dtype, layout in itertools.product(
+        (1, 2, 3, 4), batches.SHARES, batches.SPACES, batches.DTYPES, batches.LAYOUTS
+    )
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("space", batches.SPACES)
+@pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
+def test_every_split_dtype_and_layout_equals_the_whole_batch(kernels, space, dtype):
+    cases = [case for case in PRODUCT if case.space == space and case.dtype == dtype]
+    assert len(cases) == 4 * len(batches.SHARES) * len(batches.LAYOUTS)
+    for case in cases:
+        batches.check(case, over_shares(KERNELS[kernels], case))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_affine_parameters_and_eps(kernels, affine, eps):
+    for dtype, param_dtype in itertools.product(batches.DTYPES, (None, *batches.DTYPES)):
+        case = Case(3, dtype=dtype, param_dtype=param_dtype, affine=affine, eps=eps)
+        batches.check(case, over_shares(KERNELS[kernels], case))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("form", ["NCHW", "NHWC", "NC", "blank first sample"])
+def test_precision_where_the_mean_is_far_from_zero(kernels, ratio, world, form):
+    """The variance is good to 1e-6 (1e-5 behind a blank sample), y and dx to 5e-7 of their largest value, whatever mean/std."""
+    seam = KERNELS[kernels]
+    generator = torch.Generator().manual_seed(3)
+    channels, rows = 3, 25088
+    x = (torch.randn(rows, channels, generator=generator).double() + ratio).float()
+    dy = torch.randn(rows, channels, generator=generator)
+    blank = form == "blank first sample"
+    if blank:
+        x[0] = 0
+    shares, dys = list(x.chunk(world)), list(dy.chunk(world))
+    if form in ("NCHW", "NHWC"):
+        memory = torch.channels_last if form == "NHWC" else torch.contiguous_format
+        shares, dys = (
+            [t.reshape(32 // world, 28, 28, channels).permute(0, 3, 1, 2).contiguous(memory_format=memory) for t in ts]
+            for ts in (shares, dys)
+        )
+    expected = oracle.batch_norm(shares, dys)
+    message = torch.stack([seam.moments(t) for t in shares]).sum(0)
+    stats = equations.statistics(message)
+    off = ((stats.var - expected.var) / expected.var).abs().max().item()
+    assert off <= (1e-5 if blank else 1e-6), f"variance off by {off:.2g}"
+    if blank:
+        return
+    applied = [seam.normalize(t, message, Affine(None, None, 1e-5), None) for t in shares]
+    sums = [seam.gradient_sums(g, t, saved) for g, t, (_, saved) in zip(dys, shares, applied, strict=True)]
+    total = torch.stack([s.message for s in sums]).sum(0)
+    for rank, (t, g, (y, saved)) in enumerate(zip(shares, dys, applied, strict=True)):
+        for name, got, want in (
+            ("y", y, expected.y[rank]),
+            ("dx", seam.input_gradient(g, t, saved, total), expected.dx[rank]),
+        ):
+            off = tolerance.error(got, want) / want.abs().max().item()
+            assert off <= 5e-7, f"{name} of rank {rank} off by {off:.2g} of its largest value"
+
+
+class Moved(NamedTuple):
+    mean: float
+    var: float
+    batches: int
+
+
+def _moved(values: list[float], momentum: float | None = 0.5) -> Moved:
+    """Running statistics (3, 7 before) and batch count (4 before) after one batch of a single channel."""
+    running = Running(torch.full((1,), 3.0), torch.full((1,), 7.0), torch.tensor(4), momentum)
+    x = torch.tensor(values).reshape(-1, 1)
+    aten.normalize(x, aten.moments(x), Affine(None, None, 1e-5), running)
+    return Moved(running.mean.item(), running.var.item(), int(running.num_batches_tracked))
+
+
+def test_counts_of_zero_and_one_keep_the_buffers_finite():
+    assert _moved([]) == Moved(3.0, 7.0, 4)
+    assert _moved([5.0]) == Moved(4.0, 7.0, 5)
+    assert _moved([5.0, 7.0]) == Moved(4.5, 4.5, 5)
+    assert _moved([], None) == Moved(3.0, 7.0, 4)
+    assert _moved([8.0, 13.0], None) == pytest.approx(Moved(3 + (10.5 - 3) / 5, 7 + (12.5 - 7) / 5, 5), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_stays_in_its_channel_as_in_torch(value):
+    x = torch.randn(40, 3)
+    for row in range(0, 40, 7):  # among the samples of the pivot, and not
+        planted = x.clone()
+        planted[row, 1] = value
+        y, _ = aten.normalize(planted, aten.moments(planted), Affine(None, None, 1e-5), None)
+        assert y[:, 1].isnan().all()
+        assert y[:, ::2].isfinite().all()
+        s1 = aten.moments(planted)[1].item()
+        assert s1 == value or (value != value and s1 != s1), "the sum is that of the values"

@@ -1,0 +1,59 @@
+"""The one comparison and the one table of tolerances.
+
+A result passes if its error against the float64 oracle is at most twice the error of plain PyTorch on the whole batch in the
+same dtype, plus a floor. The floors are units in the last place of the result's dtype, relative to the largest value of
+the tensor:
+
+    float16, bfloat16   1 unit: one rounding of the output is half of that
+    float32             2 units (1.2e-7 each): the roundings of x − hi, of the scale, the addend and the result
+    float64             50 units: sums of some hundred terms
+    every dtype         1e-14·(1 + (mean/std)²): the message's raw moments S2/n − μ² lose the square of the ratio
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+UNITS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 50}
+
+
+def floor(dtype: torch.dtype, ratio: float = 1.0) -> float:
+    """The relative floor for results of `dtype` from input whose channels have mean/std = `ratio`."""
+    return UNITS[dtype] * torch.finfo(dtype).eps + 1e-14 * (1 + ratio**2)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; infinite where a value is not finite and the other is, or the shapes differ."""
+    if result.shape != expected.shape:
+        return math.inf
+    difference = (result.detach().double() - expected.double()).abs()
+    agree = (result.double() == expected.double()) | (result.isnan() & expected.isnan())
+    return torch.where(agree, 0.0, difference).nan_to_num(nan=math.inf).max().item() if result.numel() else 0.0
+
+
+def check(
+    name: str,
+    result: Tensor,
+    expected: Tensor,
+    plain: Tensor | None = None,
+    ratio: float = 1.0,
+    scale: float | None = None,
+    computed: torch.dtype | None = None,
+) -> None:
+    """Assert that `result` is as near to `expected` (float64) as `plain` is, twice over, plus the floor.
+
+    Args:
+        plain: plain PyTorch's result for the whole batch; None allows the floor alone.
+        ratio: the largest mean/sqrt(var + eps) of the channels.
+        computed: the dtype of the computation, where that of the result may be finer.
+        scale: what the floor is relative to; None: the largest expected value.
+    """
+    if scale is None:
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+    coarser = max((result.dtype, computed or result.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    allowed = floor(coarser, ratio) * scale
+    if plain is not None:
+        allowed += 2 * error(plain, expected)
+    off = error(result, expected)
+    assert off <= allowed, f"{name}: off by {off:.3g}, allowed {allowed:.3g} (largest value {scale:.3g}, {result.dtype})"
