@@ -1,0 +1,154 @@
+"""Bad input: an error before the collective that says what was given, what was expected, the layer and the rank."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import worlds
+from collectives_seen import CollectivesSeen
+from torch import nn
+
+import syncbn
+from syncbn import kernels
+from syncbn.collectives import Group
+
+X = torch.randn(4, 3, 2, 2)
+
+
+def _call(x=X, **changes):
+    ones = torch.ones(3)
+    arguments = {"running_mean": ones.clone(), "running_var": ones.clone(), "weight": ones, "bias": ones} | changes
+    return syncbn.sync_batch_norm(x, training=True, _force_sync=True, **arguments)
+
+
+BAD = {
+    "one dimension": (lambda: _call(torch.zeros(3)), ValueError, r"given input of shape \(3,\); expected \(N, C, \*\)"),
+    "channels": (
+        lambda: _call(torch.zeros(4, 2)),
+        ValueError,
+        r"given input of shape \(4, 2\) and weight of shape \(3,\); expected weight of shape \(2,\)",
+    ),
+    "running channels": (lambda: _call(running_var=torch.ones(4)), ValueError, r"running_var of shape \(4,\)"),
+    "integers": (lambda: _call(X.long()), TypeError, r"given input of torch.int64; expected float16"),
+    "complex": (lambda: _call(X + 0j), TypeError, r"given input of torch.complex64; expected float16"),
+    "integer weight": (lambda: _call(weight=torch.ones(3).long()), TypeError, r"given weight of torch.int64"),
+    "eps": (lambda: _call(eps=-1e-5), ValueError, r"given eps=-1e-05; expected 0 or more"),
+    "one buffer": (lambda: _call(running_mean=None), ValueError, r"one of running_mean and running_var; expected both"),
+    "momentum": (lambda: _call(momentum=None), TypeError, r"given momentum=None; expected a number"),
+    "devices": (lambda: _call(bias=torch.ones(3, device="meta")), ValueError, r"input on cpu and bias on meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_function_names_what_was_given_and_changes_nothing(name):
+    call, kind, message = BAD[name]
+    with CollectivesSeen() as log, pytest.raises(kind, match=message) as raised:
+        call()
+    assert str(raised.value).endswith("(layer 'sync_batch_norm', rank 0 of 1)")
+    assert log.seen == []
+
+
+def test_a_group_that_is_none():
+    with pytest.raises(TypeError, match=r"given process_group='all' of type str; expected a torch.distributed.ProcessGroup"):
+        _call(process_group="all")
+    with pytest.raises(TypeError, match="process_group=3 of type int"):
+        syncbn.SyncBatchNorm2d(3, process_group=3)
+    with pytest.raises(TypeError, match=r"given group_size=2.0; expected an int"):
+        syncbn.SyncBatchNorm2d(3, group_size=2.0)
+    with pytest.raises(ValueError, match="given group_size=0; expected 1 or more"):
+        syncbn.convert(nn.BatchNorm2d(3), group_size=0)
+
+
+def test_negative_eps_in_the_constructor():
+    with pytest.raises(ValueError, match=r"given eps=-1.0 for SyncBatchNorm1d\(3\); expected 0 or more"):
+        syncbn.SyncBatchNorm1d(3, eps=-1.0)
+
+
+LAYERS = {
+    "dimensions": (torch.zeros(2, 3, 4), r"expected 4D input \(got 3D input\)"),
+    "channels": (torch.zeros(2, 4, 2, 2), r"given input of shape \(2, 4, 2, 2\), 4 channels; expected 3 channels"),
+}
+
+
+def model():
+    return nn.Sequential(nn.Identity(), nn.ModuleDict({"norm": nn.BatchNorm2d(3, affine=False, track_running_stats=False)}))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_converted_layer_is_named_by_its_path(name):
+    x, message = LAYERS[name]
+    layer = syncbn.convert(model())[1]["norm"]
+    layer._force_sync = True
+    with pytest.raises(ValueError, match=message + r" \(layer '1.norm', rank 0 of 1\)$"):
+        layer(x)
+
+
+def _bad_channels(world):
+    layer = syncbn.convert(model(), world.group)[1]["norm"]
+    with CollectivesSeen() as log:
+        try:
+            layer(torch.zeros(2, 4 + world.rank, 2, 2))
+        except ValueError as error:
+            return str(error), log.seen
+    return None
+
+
+def test_over_processes_each_rank_names_itself_and_none_waits():
+    for rank, (message, seen) in enumerate(worlds.run(4, _bad_channels)):
+        assert f"{4 + rank} channels" in message
+        assert message.endswith(f"(layer '1.norm', rank {rank} of 4)")
+        assert seen == []
+
+
+def _outside(world):
+    layer = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3)), dist.new_group([0, 1]))
+    assert layer.eval()(torch.zeros(4, 3)).shape == (4, 3), "eval needs no group"
+    try:
+        return layer.train()(torch.zeros(4, 3)).shape
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_rank_outside_of_the_group_is_told_so_at_its_first_training_forward():
+    results = worlds.run(4, _outside)
+    assert results[:2] == [(4, 3)] * 2
+    for rank in (2, 3):
+        assert re.match("given a process group that this rank is not in; expected one that holds", results[rank])
+        assert results[rank].endswith(f"(layer '0', rank {rank} of 4)")
+
+
+def test_a_device_without_float64(monkeypatch):
+    monkeypatch.setattr(kernels, "has_float64", lambda device_type: False)
+    with pytest.raises(ValueError, match="given input on device 'cpu', which has no float64; expected a device that has it"):
+        _call()
+
+
+def test_the_probe_for_float64_sees_what_a_device_says():
+    assert kernels.has_float64("cpu")
+    assert not kernels.has_float64("no such device")
+
+
+def _alone_too_long(world):
+    """Rank 1 never comes."""
+    if world.rank == 1:
+        return None
+    try:
+        syncbn.convert(nn.Sequential(nn.BatchNorm1d(3)))(torch.zeros(4, 3))
+    except syncbn.CollectiveError as error:
+        return str(error), str(error.__cause__)
+    return "no error"
+
+
+def test_a_peer_that_does_not_come_is_an_error_with_layer_phase_and_rank():
+    message, cause = worlds.run_fresh(2, _alone_too_long, group_timeout=2.0)[0]
+    assert message.startswith("all_reduce of layer '0' failed in forward on rank 0 of 2, in a group of 2 on cpu; expected")
+    assert "within 0:00:02" in message
+    assert "imed out" in cause
+
+
+def test_pickling_a_group_says_what_to_do():
+    group = Group()
+    group.process_group = object()
+    with pytest.raises(TypeError, match=r"cannot be pickled; expected no group or a group_size: save model.state_dict\(\)"):
+        group.__reduce__()

@@ -1,0 +1,89 @@
+"""No path of the layer waits for the device, in forward or backward."""
+
+import itertools
+
+import batches
+import pytest
+import torch
+import worlds
+from batches import Case
+from host_sync import HostSyncError, NoHostSync
+from test_layer import layer_for
+
+import syncbn
+from syncbn.kernels import aten
+
+
+def step(layer, x, dy):
+    """Forward and backward with every operator watched."""
+    x = x.detach().requires_grad_()
+    with NoHostSync():
+        layer(x).backward(dy)
+    return x.grad.shape
+
+
+PATHS = [
+    (Case(2, shares, dtype=dtype, affine=affine, momentum=momentum), form)
+    for shares, dtype, affine, momentum, form in itertools.product(
+        ("unequal", "empty", "all empty", "single"),
+        (torch.float32, torch.bfloat16),
+        ("both", "none"),
+        (0.1, None),
+        ("module", "no running statistics"),
+    )
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_in_a_process_that_is_alone(training):
+    for (case, form), forced in itertools.product(PATHS, (True, False)):
+        layer = layer_for(case, form).train(training)
+        layer._force_sync = forced
+        x, dy = (t[-1] for t in batches.make(case))
+        values = x.numel() // batches.CHANNELS
+        if not forced and values <= 1 and (training or layer.running_mean is None):
+            continue  # torch raises there
+        assert step(layer, x, dy) == x.shape
+
+
+def _over_processes(world):
+    shapes = []
+    for case, form in PATHS:
+        layer = syncbn.convert(layer_for(case, form), world.group)
+        shapes.append(step(layer, *(t[world.rank] for t in batches.make(case))))
+    return shapes
+
+
+def test_over_processes():
+    for rank, shapes in enumerate(worlds.run(2, _over_processes)):
+        assert shapes == [batches.make(case)[0][rank].shape for case, _ in PATHS]
+
+
+def _item(x):
+    return x * x.sum().item()
+
+
+def _boolean_mask(x):
+    x[x > 0] = 0
+    return x
+
+
+def _branch(x):
+    return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("plant", [_item, _boolean_mask, _branch])
+@pytest.mark.parametrize("where", ["moments", "normalize", "gradient_sums", "input_gradient"])
+def test_a_planted_wait_is_seen(plant, where, monkeypatch):
+    original = getattr(aten, where)
+
+    def planted(*args):
+        plant(torch.ones(3))
+        return original(*args)
+
+    monkeypatch.setattr(aten, where, planted)
+    case = Case(1, "equal")
+    layer = layer_for(case, "module")
+    layer._force_sync = True
+    with pytest.raises(HostSyncError):
+        step(layer, *(t[0] for t in batches.make(case)))

@@ -1,0 +1,141 @@
+"""The rules of the house: arrows between files, one file that communicates, names that users see, what an import pulls in."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import syncbn
+
+PACKAGE = Path(syncbn.__file__).parent
+TESTS = Path(__file__).parent
+
+# A file may import those of its own layer's left, and only them; what is not listed is a leaf, which may import all of these.
+LAYERS = [{"equations", "_version"}, {"kernels", "collectives"}, {"function"}, {"module"}, {"convert"}]
+FRAMEWORKS = {"pytorch_lightning", "lightning", "accelerate", "triton", "numpy", "sklearn", "matplotlib", "tqdm"}
+
+
+def imports(source: str, package: tuple[str, ...]) -> set[str]:
+    """The absolute names of all modules that the source of a file in `package` imports, lazily or not."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(name: str) -> int:
+    return next((number for number, names in enumerate(LAYERS) if name in names), len(LAYERS))
+
+
+def wrong_arrows(path: Path, source: str) -> list[str]:
+    """What is wrong with the imports of a file of the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    found = imports(source, ("syncbn", *parts[:-1]))
+    mine = layer_of(parts[0])
+    wrong = []
+    for name in sorted(found):
+        head, *rest = name.split(".")
+        if head == "syncbn" and rest and parts != ("__init__",) and rest[0] != parts[0]:
+            theirs = layer_of(rest[0])
+            target = PACKAGE / rest[0]
+            is_file = target.is_dir() or target.with_suffix(".py").exists()
+            if is_file and theirs >= mine and mine < len(LAYERS):
+                wrong.append(f"{'/'.join(parts)} imports {name}")
+        if name.startswith("torch.distributed") and parts != ("collectives",) and mine < len(LAYERS):
+            wrong.append(f"{'/'.join(parts)} imports {name}")
+        if head in FRAMEWORKS and mine < len(LAYERS) and not (head == "triton" and parts[-1] == "triton"):
+            wrong.append(f"{'/'.join(parts)} imports {name}")
+    return wrong
+
+
+def test_imports_run_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        assert wrong_arrows(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("equations.py", "from .kernels import aten"),
+        ("equations.py", "def f():\n    from . import collectives"),
+        ("kernels/aten.py", "from ..function import train"),
+        ("collectives.py", "import syncbn.module"),
+        ("kernels/__init__.py", "from .. import collectives"),
+        ("function.py", "import torch.distributed as dist"),
+        ("function.py", "from torch import distributed"),
+        ("module.py", "import tqdm"),
+        ("convert.py", "from accelerate import Accelerator"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(file, source):
+    assert wrong_arrows(PACKAGE / file, source)
+
+
+def test_the_oracle_imports_nothing_of_the_package():
+    found = imports((TESTS / "oracle.py").read_text(), ())
+    assert {name.split(".")[0] for name in found} == {"typing", "torch"}
+
+
+LIST_NEW_MODULES = """
+import sys, torch
+torch.nn.modules.batchnorm, torch.distributed.device_mesh
+before = set(sys.modules)
+{statement}
+print(*sorted({{name.split(".")[0] for name in set(sys.modules) - before}}))
+"""
+
+
+def new_modules(statement: str) -> set[str]:
+    code = LIST_NEW_MODULES.format(statement=statement)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_syncbn_pulls_in_torch_and_nothing_else():
+    assert new_modules("import syncbn") == {"syncbn"}
+
+
+def test_an_import_that_pulls_in_more_is_seen():
+    assert new_modules("import syncbn, tomllib") >= {"syncbn", "tomllib"}
+
+
+def test_public_names():
+    assert set(syncbn.__all__) == {
+        "CollectiveError",
+        "SyncBatchNorm",
+        "SyncBatchNorm1d",
+        "SyncBatchNorm2d",
+        "SyncBatchNorm3d",
+        "__version__",
+        "convert",
+        "revert",
+        "sync_batch_norm",
+    }
+    assert all(hasattr(syncbn, name) for name in syncbn.__all__)
+    assert list(inspect.signature(syncbn.convert).parameters) == ["module", "process_group", "group_size", "skip"]
+    torchs = inspect.signature(torch.nn.functional.batch_norm).parameters
+    ours = inspect.signature(syncbn.sync_batch_norm).parameters
+    assert [*torchs, "process_group", "_force_sync"] == list(ours)
+    assert all(ours[name].default == torchs[name].default for name in torchs)
+
+
+def test_every_public_name_is_documented():
+    for name in syncbn.__all__:
+        if name != "__version__":
+            assert inspect.getdoc(getattr(syncbn, name)), name
+
+
+def test_the_private_torch_names_in_use_are_there():
+    """Each is used in one place: the timeout of a group."""
+    assert hasattr(torch.distributed.ProcessGroup, "_get_backend")
+    assert hasattr(torch.distributed.ProcessGroup, "_device_types")
+    assert hasattr(torch._C._distributed_c10d.Backend.Options, "_timeout")
