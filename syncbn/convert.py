@@ -7,20 +7,17 @@ and an optimizer already made all stay; everything is checked before anything ch
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from .collectives import Group, GroupLike, is_default_group
-from .module import Binding, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, _Synchronized
+from .module import Binding
+from .subclass import class_of, parametrized_class, same_parametrizations, synchronized_class
 
 Model = TypeVar("Model", bound=nn.Module)
-
-CLASSES: dict[type[nn.Module], type[_Synchronized]] = {
-    nn.BatchNorm1d: SyncBatchNorm1d,
-    nn.BatchNorm2d: SyncBatchNorm2d,
-    nn.BatchNorm3d: SyncBatchNorm3d,
-    nn.SyncBatchNorm: SyncBatchNorm,
-}
 
 
 def convert(
@@ -32,11 +29,14 @@ def convert(
 ) -> Model:
     """Make every batch norm layer of `module`, itself included, a synchronized one, in place.
 
+    Takes nn.BatchNorm1d/2d/3d, torch.nn.SyncBatchNorm, their lazy forms (which stay lazy), parametrized layers, and users'
+    subclasses whose forward ends in super().forward or calls F.batch_norm once: what else such a forward does, stays.
+
     Args:
         module: any model. Convert before DistributedDataParallel, `fully_shard` and accelerate's `prepare`.
         process_group: the ranks that share statistics: None (all; a layer that has a group keeps it), a ProcessGroup, a 1-D
             DeviceMesh, or a function (name, layer) → one of these. A second convert with another group changes the group.
-        group_size: instead, contiguous groups of this many ranks.
+        group_size: instead, contiguous groups of this many ranks, which must divide the world size.
         skip: (name, layer) → True for a layer to leave as it is.
 
     Returns:
@@ -44,20 +44,19 @@ def convert(
 
     Raises:
         TypeError, ValueError: a group that is none, or both kinds of group.
-        ValueError: a batch norm layer of a class that is not torch's own.
+        ValueError: a layer that is scripted, or of a subclass of torch.nn.SyncBatchNorm.
     """
     groups = process_group if callable(process_group) else lambda name, layer: process_group
-    todo: list[tuple[_BatchNorm, type[_Synchronized], Binding]] = []
+    todo: list[tuple[nn.Module, type[nn.Module], Binding]] = []
     for path, layer in _batch_norms(module):
         if skip is not None and skip(path, layer):
             continue
-        bound = layer._syncbn if isinstance(layer, _Synchronized) else Binding(Group(_group_of(layer)), path, type(layer))
-        target = type(layer) if isinstance(layer, _Synchronized) else CLASSES.get(type(layer))
-        if target is None:
-            raise ValueError(
-                f"given layer {path!r} of class {type(layer).__qualname__}, a batch norm that is not torch's own; "
-                "expected nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm: leave it out with skip="
-            )
+        bound: Binding | None = getattr(layer, "_syncbn", None)
+        target = type(layer)
+        if bound is None:
+            origin, parametrized = class_of(layer)
+            bound = Binding(Group(_group_of(layer)), path, origin, parametrized)
+            target = _target(path, layer, origin, parametrized)
         group = Group(groups(path, layer), group_size)
         if group == Group():
             group = bound.group
@@ -68,23 +67,51 @@ def convert(
 
 
 def revert(module: Model) -> Model:
-    """Give every layer that `convert` changed its class of before, in place; layers made as ours stay. Returns `module`."""
+    """Give every layer that `convert` changed its class of before, in place; layers made as ours stay. Returns `module`.
+
+    What happened to a layer since is kept: a lazy one that has its parameters becomes what it would have become, and
+    parametrizations registered or removed stay so.
+    """
     for _, layer in _batch_norms(module):
-        if isinstance(layer, _Synchronized) and layer._syncbn.origin is not None:
-            layer.__class__ = layer._syncbn.origin
+        bound: Binding | None = vars(layer).get("_syncbn")
+        if bound is not None and bound.origin is not None:
+            layer.__class__ = _class_before(layer, bound.origin, bound.parametrized)
             del layer._syncbn
     return module
 
 
-def _become(layer: Any, target: type[_Synchronized], binding: Binding) -> None:
+def _target(path: str, layer: nn.Module, origin: type[nn.Module], parametrized: type[nn.Module] | None) -> type[nn.Module]:
+    """The class that a layer of class `origin` gets."""
+    try:
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(f"given a scripted {layer.original_name}; expected a layer of Python: convert before torch.jit")
+        target = synchronized_class(origin)
+    except ValueError as error:
+        raise ValueError(f"{error} (layer {path!r})") from None
+    return target if parametrized is None else parametrized_class(parametrized, target)
+
+
+def _class_before(layer: nn.Module, origin: type[Any], parametrized: type[nn.Module] | None) -> type[nn.Module]:
+    """The class that a layer would have now if it had not been converted."""
+    if issubclass(origin, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
+        becomes: Any = origin.cls_to_become
+        origin = becomes
+    if not parametrize.is_parametrized(layer):
+        return origin
+    if parametrized is not None and same_parametrizations(parametrized, type(layer)):
+        return parametrized
+    return parametrized_class(type(layer), origin)
+
+
+def _become(layer: Any, target: type[nn.Module], binding: Binding) -> None:
     layer.__class__ = target
     layer._syncbn = binding
 
 
-def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Each batch norm layer once, with its first path."""
+def _batch_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each batch norm layer once, with its first path, scripted ones included."""
     for path, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) or "BatchNorm" in getattr(layer, "original_name", ""):
             yield path, layer
 
 

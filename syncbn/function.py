@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import collectives, kernels
 from .collectives import Call, Group, GroupLike
@@ -117,7 +118,12 @@ class Site(NamedTuple):
 
 
 def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Tensor:
-    """Normalize x (N, C, *) by the statistics of its batch over the site's group, and move `running`."""
+    """Normalize x (N, C, *) by the statistics of its batch over the site's group, and move `running`.
+
+    Can be overridden as torch's functions can, by __torch_function__ and its modes.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(train, (x,), x, affine, running, site)
     try:
         group = site.group.resolve()
     except ValueError as error:

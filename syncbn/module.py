@@ -6,11 +6,14 @@ Requirements
     - what is ours in an instance is one attribute, `_syncbn`, which need not be there.
 """
 
+import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Group, GroupLike, ProcessGroup
 from .function import Site, train, where
@@ -22,10 +25,14 @@ class Binding(NamedTuple):
 
     group: Group
     path: str | None = None  # in the converted model
-    origin: type[nn.Module] | None = None  # the class before conversion; None: made as ours
+    origin: type[nn.Module] | None = None  # the class before conversion, parametrizations aside; None: made as ours
+    parametrized: type[nn.Module] | None = None  # the class before conversion, if it was parametrized
 
 
 ALL_RANKS = Binding(Group())
+
+# Wrappers that were warned about.
+_warned: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 class _Synchronized(_BatchNorm):
@@ -67,10 +74,30 @@ class _Synchronized(_BatchNorm):
             return F.batch_norm(input, mean, var, self.weight, self.bias, by_batch, self.momentum or 0.0, self.eps)
         running = None
         if self.track_running_stats and mean is not None and var is not None:
+            if self._syncbn.group != ALL_RANKS.group:
+                self._warn_if_broadcast()
             uncounted = self.momentum is None and self.num_batches_tracked is None
             running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
-        site = Site(self._name(), self._syncbn.group, self.num_features, self._force_sync)
-        return train(input, Affine(self.weight, self.bias, self.eps), running, site)
+        return train(input, Affine(self.weight, self.bias, self.eps), running, self._site())
+
+    def _warn_if_broadcast(self) -> None:
+        """Warn, once a wrapper, if DistributedDataParallel will overwrite statistics of a smaller group by those of rank 0."""
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None or ddp in _warned or not ddp.broadcast_buffers:
+            return
+        size = self._syncbn.group.size()
+        if size < ddp.process_group.size():
+            _warned.add(ddp)
+            warnings.warn(
+                f"layer {self._name()!r} shares statistics among {size} ranks, but DistributedDataParallel over "
+                f"{ddp.process_group.size()} ranks broadcasts the buffers of its first rank before each forward, so every "
+                "group gets the running statistics of one: turn its broadcast of buffers off",
+                stacklevel=3,
+            )
+
+    def _site(self) -> Site:
+        """Where this layer normalizes."""
+        return Site(self._name(), self._syncbn.group, self.num_features, self._force_sync)
 
     def _name(self) -> str:
         """The layer in messages: its path if it was converted, else its class and size."""

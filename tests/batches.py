@@ -117,9 +117,8 @@ def momentum_of(case: Case, batches: int = 0) -> float:
     return 1 / (batches + 1) if case.momentum is None else case.momentum
 
 
-def plain(case: Case, seed: int = 0) -> oracle.Expected | None:
+def plain(case: Case, xs: list[Tensor], dys: list[Tensor], seed: int = 0) -> oracle.Expected | None:
     """F.batch_norm on the whole batch in the case's dtype, the values of a channel in a row; None where it raises."""
-    xs, dys = make(case, seed)
     weight, bias = (None if p is None else p.clone().requires_grad_() for p in parameters(case, seed))
     mean, var = buffers(case, seed)
     sizes = [x.numel() // CHANNELS for x in xs]
@@ -141,13 +140,16 @@ def plain(case: Case, seed: int = 0) -> oracle.Expected | None:
     return oracle.Expected(split(y), split(whole.grad), [], [], mean, var, mean, var)
 
 
-def check(case: Case, results: list[Result], seed: int = 0) -> None:
-    """Assert that the results of all ranks are the oracle's, within the tolerance table."""
-    xs, dys = make(case, seed)
+Data = tuple[list[Tensor], list[Tensor]]
+
+
+def check(case: Case, results: list[Result], seed: int = 0, data: Data | None = None) -> None:
+    """Assert that the results of all ranks are the oracle's, within the tolerance table; `data` if not that of the case."""
+    xs, dys = data or make(case, seed)
     weight, bias = parameters(case, seed)
     mean, var = buffers(case, seed)
     expected = oracle.batch_norm(xs, dys, weight, bias, mean, var, momentum_of(case), case.eps)
-    torch_own = plain(case, seed)
+    torch_own = plain(case, xs, dys, seed)
     inv = (expected.var + case.eps).rsqrt()
     ratio = (expected.mean.abs() * inv).max().item()
     gain = inv if weight is None else inv * weight.double().abs()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import syncbn
 
@@ -54,7 +55,7 @@ def snapshot(module):
     tensors = [*module.parameters(), *module.buffers()]
     return (
         [(name, id(layer), state(layer)) for name, layer in module.named_modules(remove_duplicate=False)],
-        [(id(t), t.data_ptr(), t.dtype, t.device, t.requires_grad) for t in tensors],
+        [(id(t), is_lazy(t) or t.data_ptr(), t.dtype, t.device, t.requires_grad) for t in tensors],
         list(module.state_dict()),
     )
 

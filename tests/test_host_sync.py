@@ -9,6 +9,7 @@ import worlds
 from batches import Case
 from host_sync import HostSyncError, NoHostSync
 from test_layer import layer_for
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import syncbn
 from syncbn.kernels import aten
@@ -64,8 +65,7 @@ def _item(x):
 
 
 def _boolean_mask(x):
-    x[x > 0] = 0
-    return x
+    return x[x > 0]
 
 
 def _branch(x):
@@ -87,3 +87,31 @@ def test_a_planted_wait_is_seen(plant, where, monkeypatch):
     layer._force_sync = True
     with pytest.raises(HostSyncError):
         step(layer, *(t[0] for t in batches.make(case)))
+
+
+def _to_list(x):
+    return x * len(x.tolist())
+
+
+def fake_step(case, form, plant=None):
+    """Forward and backward where tensors have no values: what reads one cannot run. The reduction is that of one process."""
+    with FakeTensorMode():
+        layer = layer_for(case, form)
+        layer._force_sync = True
+        if plant is not None:
+            layer.register_forward_hook(lambda module, args, y: plant(y.clone()))
+        x = torch.randn(batches.make(case)[0][0].shape, dtype=case.dtype).requires_grad_()
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        return x.grad.shape
+
+
+def test_without_values():
+    for case, form in PATHS:
+        assert fake_step(case._replace(world=1), form) == batches.make(case)[0][0].shape
+
+
+@pytest.mark.parametrize("plant", [_item, _boolean_mask, _branch, _to_list])
+def test_without_values_a_planted_read_is_seen(plant):
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        fake_step(Case(1, "equal"), "module", plant)

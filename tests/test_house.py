@@ -15,7 +15,7 @@ PACKAGE = Path(syncbn.__file__).parent
 TESTS = Path(__file__).parent
 
 # A file may import those of its own layer's left, and only them; what is not listed is a leaf, which may import all of these.
-LAYERS = [{"equations", "_version"}, {"kernels", "collectives"}, {"function"}, {"module"}, {"convert"}]
+LAYERS = [{"equations", "_version"}, {"kernels", "collectives"}, {"function"}, {"module"}, {"subclass"}, {"convert"}]
 FRAMEWORKS = {"pytorch_lightning", "lightning", "accelerate", "triton", "numpy", "sklearn", "matplotlib", "tqdm"}
 
 

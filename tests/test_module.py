@@ -201,14 +201,16 @@ def test_output_gradients_of_any_layout(expand):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_modules_take_statistics_in_float32(dtype):
-    """4096 values of 100 ± 1: bf16 sums would be off by far more than a rounding of the buffers."""
-    layer = syncbn.SyncBatchNorm1d(2, momentum=1.0).to(dtype)
+@pytest.mark.parametrize("buffers_too", [True, False])
+def test_half_precision_input_and_modules_take_statistics_in_float32(dtype, buffers_too):
+    """4096 values of 100 ± 1: sums or centred values in half precision would be off by far more than allowed."""
+    layer = syncbn.SyncBatchNorm1d(2, momentum=1.0).to(dtype if buffers_too else torch.float32)
     layer._force_sync = True
     x = (torch.randn(4096, 2) + 100).to(dtype)
     expected = oracle.batch_norm([x], [x], running_mean=torch.zeros(2), running_var=torch.ones(2), momentum=1.0)
     y = layer(x)
-    assert y.dtype == layer.running_mean.dtype == dtype
+    assert y.dtype == dtype
+    assert layer.running_mean.dtype == (dtype if buffers_too else torch.float32)
     tolerance.check("y", y, expected.y[0])
     tolerance.check("running_mean", layer.running_mean, expected.running_mean)
     tolerance.check("running_var", layer.running_var, expected.running_var)

@@ -34,6 +34,7 @@ class World(NamedTuple):
     rank: int
     size: int
     group: Any  # ProcessGroup of the ranks of this case
+    directory: str  # of the rendezvous, for more of its kind
 
 
 class CaseError(AssertionError):
@@ -173,7 +174,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: fl
         except EOFError:
             return
         try:
-            answer = True, case(World(rank, ranks, groups[ranks]), *args)
+            answer = True, case(World(rank, ranks, groups[ranks], os.path.dirname(store)), *args)
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send(answer)

@@ -1,0 +1,159 @@
+"""The synchronized class of any batch norm class: torch's own, lazy, a user's, parametrized.
+
+Requirements
+    - a layer changes its class and nothing else, and what the user's class does around the normalization stays: its forward
+      runs as it is, and the one F.batch_norm in it, or the one call of super().forward, is ours;
+    - a forward in which that is not reached exactly once is an error, never a silently local statistic;
+    - a class made here pickles by the user's class.
+"""
+
+import copyreg
+import types
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from .function import Site, train, where
+from .kernels import Affine, Running
+from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, _Synchronized
+
+OURS: dict[type[nn.Module], type[_Synchronized]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+}
+
+
+# The synchronized class of each class: torch's to begin with, and those made since.
+_made: dict[type, type] = dict(OURS)
+
+
+def synchronized_class(cls: type[Any]) -> type[nn.Module]:
+    """The class that a layer of class `cls` gets: one of ours, or a subclass of `cls` and one of ours, the same at each call.
+
+    Raises:
+        ValueError: `cls` is a subclass of torch.nn.SyncBatchNorm, whose own forward communicates.
+    """
+    if cls not in _made:
+        _made[cls] = _make(cls)
+    return _made[cls]
+
+
+def _make(cls: type[Any]) -> type[nn.Module]:
+    if issubclass(cls, nn.SyncBatchNorm):
+        raise ValueError(
+            f"given class {cls.__qualname__}, a subclass of torch.nn.SyncBatchNorm, whose forward has collectives of its own; "
+            "expected a subclass of nn.BatchNorm1d, 2d or 3d: derive it from one of these, or leave the layer out with skip="
+        )
+    name = f"Sync{cls.__name__}"
+    if issubclass(cls, LazyModuleMixin) and cls.cls_to_become is not None:
+        becomes = synchronized_class(cls.cls_to_become)
+        return types.new_class(name, (_ByOrigin, cls), {}, lambda body: body.update(wraps=cls, cls_to_become=becomes))
+    ours = next((mine for torchs, mine in OURS.items() if issubclass(cls, torchs)), SyncBatchNorm)
+    mixin = _ByOrigin if cls.forward is _BatchNorm.forward else _Redirected
+    return types.new_class(name, (mixin, cls, ours), {}, lambda body: body.update(wraps=cls))
+
+
+class _ByOrigin:
+    """Pickles a class made here by the class that it wraps."""
+
+    wraps: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(2)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced  # the user's own way
+        return (_new, (self.wraps,), *reduced[2:])
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    made = synchronized_class(cls)
+    return made.__new__(made)
+
+
+class _Redirected(_ByOrigin):
+    """Runs the forward of the wrapped class with its batch normalization replaced by ours."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        if not layer.training:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _Redirect(layer._site()) as redirect:
+            result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        redirect.finish()
+        return result
+
+
+class _Redirect(TorchFunctionMode):
+    """Inside, F.batch_norm is ours, for the layer of `site`; counts how often the layer normalizes."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            self._count()
+            return self._batch_norm(*args, **kwargs)
+        if func is train and args[-1] == self.site:
+            self._count()
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        running = None
+        if running_mean is not None and running_var is not None:
+            running = Running(running_mean, running_var, None, momentum)
+        return train(input, Affine(weight, bias, eps), running, self.site)
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls > 1:
+            raise self._wrong("more than once")
+
+    def finish(self) -> None:
+        """Raise if the layer has not normalized."""
+        if self.calls == 0:
+            raise self._wrong("without F.batch_norm or super().forward")
+
+    def _wrong(self, how: str) -> ValueError:
+        return ValueError(
+            f"given a batch norm class whose forward normalizes {how}; expected one call of F.batch_norm or of super().forward "
+            f"in training: leave the layer out with skip= ({where(self.site.layer)})"
+        )
+
+
+def parametrized_class(wrapper: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """The class that torch.nn.utils.parametrize made for a layer, `wrapper`, made anew over another class of layers."""
+    members = {name: value for name, value in vars(wrapper).items() if name not in ("__dict__", "__weakref__", "__doc__")}
+    return type(f"Parametrized{base.__name__}", (base,), members)
+
+
+def class_of(layer: nn.Module) -> tuple[type[nn.Module], type[nn.Module] | None]:
+    """The class of a layer without its parametrizations, and the class with them if it has any."""
+    return parametrize.type_before_parametrizations(layer), type(layer) if parametrize.is_parametrized(layer) else None
+
+
+def same_parametrizations(one: type[nn.Module], other: type[nn.Module]) -> bool:
+    """Whether two classes made by parametrize have parametrizations of the same tensors."""
+    names = [{name for name, value in vars(cls).items() if isinstance(value, property)} for cls in (one, other)]
+    return names[0] == names[1]
