@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -218,6 +219,13 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
     for observer in observers:
         observer.after(call, local, message)
     return Reduced(message, hold)
+
+
+def traced_all_reduce(message: Tensor, call: Call) -> Tensor:
+    """As `all_reduce`, into a new tensor, and by an operator that torch.compile keeps in its graph."""
+    if torch.compiler.is_compiling():
+        return message.clone() if call.group is None else functional.all_reduce(message, "sum", call.group)
+    return all_reduce(message.clone(), call, observers()).message
 
 
 def _all_reduce(message: Tensor, call: Call) -> Tensor:

@@ -72,20 +72,22 @@ def values_per_channel(x: Tensor) -> int:
 
 
 def pivot(x: Tensor) -> Tensor:
-    """(C,) mean of about `PIVOT_SAMPLES` values of each channel, spread over the share by a strided slice.
+    """(C,) mean of `PIVOT_SAMPLES` values of each channel, spread over the share on a lattice.
 
-    0 where the share is empty or the mean is not finite.
+    Its operations are the same for all sizes, so that compiled code serves them all. 0 where the share is empty or the mean is
+    not finite.
     """
-    sample, budget = x.detach(), PIVOT_SAMPLES
-    for dim in channel_dims(x):
-        size = sample.shape[dim]
-        step = max(1, size // max(1, budget))
-        index: list[slice] = [slice(None)] * x.dim()
-        index[dim] = slice(step // 2, None, step)
-        sample = sample[tuple(index)]
-        budget //= max(1, min(size, budget))
-    mean = sample.to(compute_dtype(x.dtype)).mean(channel_dims(x))
-    return torch.where(mean.isfinite(), mean, 0)
+    if x.numel() == 0:
+        return torch.zeros(x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
+    point = torch.arange(PIVOT_SAMPLES, device=x.device)
+    index = [(point * (2 * dim + 1)) % PIVOT_SAMPLES * x.shape[dim] // PIVOT_SAMPLES for dim in channel_dims(x)]
+    sample = x.detach().movedim(1, -1)[tuple(index)]  # (PIVOT_SAMPLES, C)
+    return finite(sample.to(compute_dtype(x.dtype)).mean(0))
+
+
+def finite(shift: Tensor) -> Tensor:
+    """0 where a pivot (C,) is not finite: it must not turn an infinite sum into one that is no number."""
+    return torch.where(shift.isfinite(), shift, 0)
 
 
 def pack_moments(x: Tensor, shift: Tensor, s1: Tensor, s2: Tensor) -> Tensor:

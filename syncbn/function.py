@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import collectives, kernels
+from . import collectives, differentiable, kernels
 from .collectives import Call, Group, GroupLike
 from .kernels import Affine, Running, Saved
 
@@ -22,7 +21,10 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """Forward: moments, all_reduce, normalize. Backward: gradient sums, all_reduce, input gradient (see `syncbn.equations`)."""
+    """Forward: moments, all_reduce, normalize. Backward: gradient sums, all_reduce, input gradient (see `syncbn.equations`).
+
+    Differentiable again: with create_graph=True backward goes by the equations.
+    """
 
     @staticmethod
     def forward(
@@ -39,21 +41,31 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, saved = compute.normalize(x, message, Affine(weight, bias, eps), None if hold else running)
         ctx.save_for_backward(x, *saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call, ctx.observers = call._replace(phase="backward"), observers
+        ctx.eps, ctx.call, ctx.observers = eps, call._replace(phase="backward"), observers
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        saved, compute = Saved(*rest), kernels.pick(x)
-        sums = compute.gradient_sums(dy, x, saved)
-        # Issued whether this rank needs dx or not: the others may.
-        message = collectives.all_reduce(sums.message, ctx.call, ctx.observers).message
-        dx = compute.input_gradient(dy, x, saved, message) if ctx.needs_input_grad[0] else None
-        dweight = None if saved.weight is None else sums.weight.to(saved.weight.dtype)
-        dbias = None if ctx.bias_dtype is None else sums.bias.to(ctx.bias_dtype)
-        return dx, dweight, dbias, None, None, None
+        saved = Saved(*rest)
+        dx: Tensor | None
+        if torch.is_grad_enabled():  # create_graph=True
+            dx, dweight, dbias = differentiable.gradients(dy, x, saved.weight, ctx.eps, ctx.call)
+        else:
+            compute = kernels.pick(x)
+            sums = compute.gradient_sums(dy, x, saved)
+            # Issued whether this rank needs dx or not: the others may.
+            message = collectives.all_reduce(sums.message, ctx.call, ctx.observers).message
+            dx = compute.input_gradient(dy, x, saved, message) if ctx.needs_input_grad[0] else None
+            dweight, dbias = sums.weight, sums.bias
+        return (
+            dx if ctx.needs_input_grad[0] else None,
+            None if saved.weight is None else dweight.to(saved.weight.dtype),
+            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def sync_batch_norm(
@@ -135,6 +147,8 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Ten
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     call = Call(site.layer, "forward", x.shape[1], x.dtype, group)
+    if differentiable.wanted():
+        return differentiable.batch_norm(x, affine, running, call)
     return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.eps, running, call)
 
 
@@ -182,6 +196,8 @@ def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int |
             return ValueError(f"given input on {x.device} and {name} on {value.device}; expected one device")
         if value.dtype not in FLOATING:
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
+    if torch.compiler.is_compiling():
+        return None
     try:
         kernels.pick(x)
     except ValueError as error:

@@ -219,7 +219,7 @@ def test_a_class_that_normalizes_by_running_statistics_is_left_to_do_so():
 
 
 @pytest.mark.parametrize("make", [lambda: OfTorchsSync(C), lambda: torch.jit.script(nn.BatchNorm2d(C))])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_what_cannot_be_converted_is_named_and_nothing_changes(make):
     model = nn.Sequential(nn.BatchNorm2d(C), nn.ModuleList([make()]))
     old = classes(model)

@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..equations import Statistics, running_statistics
+
 
 class Affine(NamedTuple):
     """What is applied to the normalized value."""
@@ -57,6 +59,21 @@ class Kernels(Protocol):
     def normalize(self, x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]: ...
     def gradient_sums(self, dy: Tensor, x: Tensor, saved: Saved) -> GradientSums: ...
     def input_gradient(self, dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor: ...
+
+
+def move(running: Running, stats: Statistics) -> None:
+    """Move the running statistics in place, in float64, by a factor that stays on the device."""
+    factor: float | Tensor
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(stats.count > 0)
+    if running.momentum is not None:
+        factor = running.momentum
+    else:
+        assert running.num_batches_tracked is not None, "momentum=None counts batches"
+        factor = running.num_batches_tracked.clamp(min=1).double().reciprocal()
+    mean, var = running_statistics(running.mean, running.var, stats, factor)
+    running.mean.copy_(mean)
+    running.var.copy_(var)
 
 
 @functools.cache

@@ -4,12 +4,14 @@ Requirements: values of `syncbn.equations` to rounding; one temporary of the siz
 elements are computed in; the low half of the mean is folded into the per-channel addend, so that it costs no pass.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import equations
 from ..equations import channel_dims, compute_dtype, per_channel
-from . import Affine, GradientSums, Running, Saved
+from . import Affine, GradientSums, Running, Saved, move
 
 
 def _shifted(x: Tensor, shift: Tensor) -> Tensor:
@@ -18,8 +20,20 @@ def _shifted(x: Tensor, shift: Tensor) -> Tensor:
     return torch.sub(x, per_channel(shift, x), out=out)
 
 
+def pivot(x: Tensor) -> Tensor:
+    """(C,) mean of about 32 values of each channel, spread over the share: `equations.pivot` by a slice, not a gather."""
+    spatial = x.dim() - 2
+    each = math.ceil(8 ** (1 / spatial)) if spatial else 1
+    index = [slice(None)] * x.dim()
+    for dim in channel_dims(x):
+        samples = equations.PIVOT_SAMPLES // each**spatial if dim == 0 else each
+        step = max(1, x.shape[dim] // max(1, samples))
+        index[dim] = slice(step // 2, None, step)
+    return equations.finite(x[tuple(index)].to(compute_dtype(x.dtype)).mean(channel_dims(x)))
+
+
 def moments(x: Tensor) -> Tensor:
-    shift = equations.pivot(x)
+    shift = pivot(x)
     centered = _shifted(x, shift)
     s1 = centered.sum(channel_dims(x))
     s2 = centered.square_().sum(channel_dims(x))
@@ -30,27 +44,12 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     stats = equations.statistics(message)
     invstd = equations.invstd(stats.var, affine.eps)
     if running is not None:
-        _move(running, stats)
+        move(running, stats)
     hi, lo = equations.split(stats.mean, x)
     scale = invstd if affine.weight is None else invstd * affine.weight
     shift = -scale * lo if affine.bias is None else affine.bias - scale * lo
     y = _shifted(x, hi).mul_(per_channel(scale, x)).add_(per_channel(shift, x))
     return y.to(x.dtype), Saved(stats.mean, invstd, stats.count, affine.weight)
-
-
-def _move(running: Running, stats: equations.Statistics) -> None:
-    """Move the running statistics in place, in float64, by a factor that stays on the device."""
-    factor: float | Tensor
-    if running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(stats.count > 0)
-    if running.momentum is not None:
-        factor = running.momentum
-    else:
-        assert running.num_batches_tracked is not None, "momentum=None counts batches"
-        factor = running.num_batches_tracked.clamp(min=1).double().reciprocal()
-    mean, var = equations.running_statistics(running.mean, running.var, stats, factor)
-    running.mean.copy_(mean)
-    running.var.copy_(var)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
