@@ -159,7 +159,7 @@ class Call(NamedTuple):
     """What a collective is for, as observers and error messages see it."""
 
     layer: str
-    phase: str  # "forward" or "backward"
+    phase: str  # "forward", "backward", or "recompute": a forward inside a backward, as activation checkpointing runs it
     channels: int
     dtype: torch.dtype  # of the layer's input
     group: ProcessGroup | None
@@ -199,12 +199,65 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers.reset(token)
 
 
+class Recording:
+    """The reduced messages of the forwards run while it is kept, in order, for a recomputation of the same calls."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Tensor]] = []  # with the name of the layer
+        self.next: int | None = None  # the message to give next; None: recording
+
+    @contextlib.contextmanager
+    def keep(self) -> Iterator[None]:
+        """Record the forwards run inside, or, when told to repeat, give them what was recorded."""
+        token = _recordings.set((*_recordings.get(), self))
+        try:
+            yield
+        finally:
+            _recordings.reset(token)
+
+    @contextlib.contextmanager
+    def repeat(self) -> Iterator[None]:
+        """Give the forwards run inside what was recorded, from the first on: no collective is issued."""
+        self.next = 0
+        with self.keep():
+            yield
+
+    def take(self, call: Call, size: int) -> Tensor:
+        assert self.next is not None
+        layer, message = self.messages[self.next] if self.next < len(self.messages) else (None, None)
+        if message is None or layer != call.layer or message.numel() != size:
+            raise CollectiveError(
+                f"layer {call.layer!r} is call {self.next + 1} of a recomputation whose forward had "
+                f"{f'layer {layer!r} there' if layer else f'{self.next} calls'}; expected the same calls in the same order"
+            )
+        self.next += 1
+        return message
+
+
+_recordings: contextvars.ContextVar[tuple[Recording, ...]] = contextvars.ContextVar("syncbn_recordings", default=())
+
+
 def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()) -> Reduced:
     """The sum of `message` over call.group: in place, on a message that the caller owns. A lone process's is as it was.
 
     Raises:
         CollectiveError: the backend raised; the others of the group raise too, or wait until its timeout.
     """
+    recordings = _recordings.get() if call.phase != "backward" else ()
+    for recording in recordings:
+        if recording.next is not None:
+            known = recording.take(call, message.numel())
+            reduced = Reduced(known, True)
+            break
+    else:
+        reduced = _observed_all_reduce(message, call, observers)
+    for recording in recordings:
+        if recording.next is None:
+            recording.messages.append((call.layer, reduced.message))
+    return reduced
+
+
+def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
     if not observers:
         return Reduced(_all_reduce(message, call), False)
     local, hold = message.clone(), False

@@ -130,7 +130,7 @@ class Site(NamedTuple):
 
 
 def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Tensor:
-    """Normalize x (N, C, *) by the statistics of its batch over the site's group, and move `running`.
+    """Normalize x (N, C, *) by the statistics of its batch over the site's group, and move `running` unless in a backward.
 
     Can be overridden as torch's functions can, by __torch_function__ and its modes.
     """
@@ -140,16 +140,24 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Ten
         group = site.group.resolve()
     except ValueError as error:
         raise ValueError(f"{error} ({where(site.layer)})") from None
+    recomputing = in_backward()
     alone = group is None or group.size() == 1
     if alone and not site.force_sync and not collectives.observers():
-        return _train_alone(x, affine, running)
+        return _train_alone(x, affine, None if recomputing else running)
+    if recomputing:
+        running = None
     problem = _problem(x, affine, running, site.channels)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    call = Call(site.layer, "forward", x.shape[1], x.dtype, group)
+    call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group)
     if differentiable.wanted():
         return differentiable.batch_norm(x, affine, running, call)
     return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.eps, running, call)
+
+
+def in_backward() -> bool:
+    """Whether a backward is running: a forward inside it recomputes one that has moved the running statistics already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _train_alone(x: Tensor, affine: Affine, running: Running | None) -> Tensor:
@@ -198,6 +206,11 @@ def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int |
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
     if torch.compiler.is_compiling():
         return None
+    if running is not None and torch._C._functorch.is_batchedtensor(x) > torch._C._functorch.is_batchedtensor(running.mean):
+        return ValueError(
+            "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
+            "expected eval mode, or track_running_stats=False"
+        )
     try:
         kernels.pick(x)
     except ValueError as error:

@@ -117,6 +117,10 @@ class SyncBatchNorm(_Synchronized):
     a process moves its running statistics on the device, equal to torch's to rounding. Takes state_dicts of nn.BatchNorm*
     and nn.SyncBatchNorm, and gives them back.
 
+    Inside a backward, as activation checkpointing recomputes, running statistics and num_batches_tracked do not move: once a
+    step, reentrant or not. That goes for any forward that a backward hook or a custom backward calls. The collective repeats,
+    alike on all ranks, unless `syncbn.checkpoint_context` is given.
+
     A batch without a value on any rank leaves running statistics and num_batches_tracked as they were (torch counts it where
     it does not raise); a single value in the whole batch moves running_mean and leaves running_var.
 

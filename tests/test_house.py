@@ -124,7 +124,9 @@ def test_public_names():
         "SyncBatchNorm2d",
         "SyncBatchNorm3d",
         "__version__",
+        "checkpoint_context",
         "convert",
+        "fold",
         "revert",
         "sync_batch_norm",
     }

@@ -174,7 +174,6 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: fl
         except EOFError:
             return
         try:
-            answer = True, case(World(rank, ranks, groups[ranks], os.path.dirname(store)), *args)
+            pipe.send((True, case(World(rank, ranks, groups[ranks], os.path.dirname(store)), *args)))
         except BaseException:
-            answer = False, traceback.format_exc()
-        pipe.send(answer)
+            pipe.send((False, traceback.format_exc()))
