@@ -185,8 +185,8 @@ _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVa
 
 
 def observers() -> tuple[Observer, ...]:
-    """The observers of this context. A backward uses those of its forward: autograd may run it in another thread."""
-    return _observers.get()
+    """The observers of this context; none in compiled code. A backward uses its forward's: it may run in another thread."""
+    return () if torch.compiler.is_compiling() else _observers.get()
 
 
 @contextlib.contextmanager

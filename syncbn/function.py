@@ -143,7 +143,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Ten
     recomputing = in_backward()
     alone = group is None or group.size() == 1
     if alone and not site.force_sync and not collectives.observers():
-        return _train_alone(x, affine, None if recomputing else running)
+        return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None
     problem = _problem(x, affine, running, site.channels)
@@ -158,6 +158,16 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Ten
 def in_backward() -> bool:
     """Whether a backward is running: a forward inside it recomputes one that has moved the running statistics already."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _spare(running: Running | None) -> Running | None:
+    """Copies to be moved in place of the buffers: torch's operator saves what it is given, and has to save the same again."""
+    if running is None:
+        return None
+    counted = running.num_batches_tracked
+    return running._replace(
+        mean=running.mean.clone(), var=running.var.clone(), num_batches_tracked=None if counted is None else counted.clone()
+    )
 
 
 def _train_alone(x: Tensor, affine: Affine, running: Running | None) -> Tensor:

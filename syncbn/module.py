@@ -78,7 +78,10 @@ class _Synchronized(_BatchNorm):
                 self._warn_if_broadcast()
             uncounted = self.momentum is None and self.num_batches_tracked is None
             running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
-        return train(input, Affine(self.weight, self.bias, self.eps), running, self._site())
+        return self._train(input, Affine(self.weight, self.bias, self.eps), running)
+
+    def _train(self, input: Tensor, affine: Affine, running: Running | None) -> Tensor:
+        return train(input, affine, running, self._site())
 
     def _warn_if_broadcast(self) -> None:
         """Warn, once a wrapper, if DistributedDataParallel will overwrite statistics of a smaller group by those of rank 0."""

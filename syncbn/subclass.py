@@ -11,6 +11,7 @@ import copyreg
 import types
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -80,14 +81,28 @@ def _new(cls: type[nn.Module]) -> nn.Module:
 class _Redirected(_ByOrigin):
     """Runs the forward of the wrapped class with its batch normalization replaced by ours."""
 
+    _redirect: "_Redirect"  # of the forward that runs, while it is traced
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
         if not layer.training:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with _Redirect(layer._site()) as redirect:
+        redirect = _Redirect(layer._site())
+        if torch.compiler.is_compiling():
+            self._redirect = redirect
+        with redirect:
             result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            del self._redirect
         redirect.finish()
         return result
+
+    def _train(self, *args: Any) -> Tensor:
+        """Reached by super().forward. A trace does not show the call of `train` to the mode: it is counted here."""
+        if torch.compiler.is_compiling():
+            self._redirect.count()
+            self._redirect.inside = True
+        return super()._train(*args)  # type: ignore[misc]
 
 
 class _Redirect(TorchFunctionMode):
@@ -97,14 +112,15 @@ class _Redirect(TorchFunctionMode):
         super().__init__()
         self.site = site
         self.calls = 0
+        self.inside = False  # in our own forward, whose F.batch_norm is meant
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm:
-            self._count()
+        if func is F.batch_norm and not self.inside:
+            self.count()
             return self._batch_norm(*args, **kwargs)
         if func is train and args[-1] == self.site:
-            self._count()
+            self.count()
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -125,7 +141,8 @@ class _Redirect(TorchFunctionMode):
             running = Running(running_mean, running_var, None, momentum)
         return train(input, Affine(weight, bias, eps), running, self.site)
 
-    def _count(self) -> None:
+    def count(self) -> None:
+        """Raise if the layer has normalized already."""
         self.calls += 1
         if self.calls > 1:
             raise self._wrong("more than once")

@@ -1,0 +1,162 @@
+"""torch.compile(fullgraph=True) with inductor, over two processes: values of eager, collectives in the graphs.
+
+Slow: every case compiles for real. Ranks have shares of their own, also of other sizes at each step.
+"""
+
+import copy
+import functools
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+import worlds
+from test_subclass import Activated, ByHand, Scaled, Twice
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import syncbn
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"),
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # what tracing does to an autograd.Function
+]
+TIMEOUT = 240.0  # of a case: two ranks compile at once on two cores
+SIZES = [(8, 6), (6, 3), (5, 9), (11, 4)]
+
+
+class Graphs:
+    """Runs functions under inductor and keeps, of each graph it compiled, the number of all_reduces."""
+
+    def __init__(self):
+        self.collectives = []
+
+    def __call__(self, graph):
+        seen = [node for node in graph.nodes if "all_reduce" in str(node.target)]
+        self.collectives.append(len(seen))
+
+    def watched(self):
+        return torch._inductor.config.patch(post_grad_custom_post_pass=self, fx_graph_cache=False)
+
+
+def model(name):
+    torch.manual_seed(0)
+    return {
+        "layers": lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None, affine=False)
+        ),
+        "subclasses": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4), nn.Conv2d(4, 4, 1), Scaled(4)),
+    }[name]()
+
+
+def batch(rank, step):
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(SIZES[step][rank], 3, 8, 8, generator=generator) * 2 + 3
+
+
+def step(module, x):
+    """Values that must agree: y, dx, parameter gradients, buffers."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.pow(2).mul(torch.sin(torch.arange(y.numel()).view_as(y))).sum().backward()
+    named = {"y": y, "dx": x.grad} | {f"d {k}": p.grad for k, p in module.named_parameters()} | dict(module.named_buffers())
+    return {k.replace("_orig_mod.", "").replace("module.", ""): v.detach().clone() for k, v in named.items()}
+
+
+def same(got, expected, tolerance=3e-5):
+    """float32 through two layers, fused and not: relative to the largest value of each tensor, or of any gradient."""
+    assert list(got) == list(expected)
+    largest = max(v.abs().max().item() for k, v in expected.items() if k.startswith("d"))
+    for name, value in expected.items():
+        top = largest if name.startswith("d") else value.double().abs().max().item()
+        off = (got[name].double() - value.double()).abs().max().item()
+        assert off <= tolerance * max(1.0, top), f"{name} off by {off:.2g} of {top:.2g}"
+
+
+def _compiled(world, name, wrap):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager = syncbn.convert(model(name), world.group)
+    graphs, module = Graphs(), copy.deepcopy(eager)
+    with graphs.watched():
+        compiled = torch.compile(module, fullgraph=True)
+        if wrap:
+            compiled = DistributedDataParallel(compiled, process_group=world.group)
+            eager = DistributedDataParallel(eager, process_group=world.group)
+        pairs = [[step(m, batch(world.rank, n)) for m in (compiled, eager)] for n in range(len(SIZES))]
+    return pairs, graphs.collectives, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("name", "wrap"), [("layers", False), ("layers", True), ("subclasses", False)])
+def test_training_compiled_equals_eager(name, wrap):
+    for pairs, collectives, graphs in worlds.run(2, _compiled, name, wrap, timeout=TIMEOUT):
+        for compiled, eager in pairs:
+            same(compiled, eager)
+        assert set(collectives) == {2}, "one for each layer, in each graph, forward and backward"
+        assert len(collectives) == 2 * graphs
+        assert graphs <= 2, "one for the first size, one for all others"
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, kept):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
+        self.kept = kept
+
+    def forward(self, x):
+        options = {}
+        if self.kept:
+            ops = [torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default]
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, ops)
+        return checkpoint(self.block, x, use_reentrant=False, **options)
+
+
+def _checkpointed(world, kept):
+    torch._dynamo.reset()
+    eager = syncbn.convert(Checkpointed(kept), world.group)
+    graphs, module = Graphs(), copy.deepcopy(eager)
+    plain = copy.deepcopy(eager.block)
+    with graphs.watched():
+        compiled = torch.compile(module, fullgraph=True)
+        results = [step(m, batch(world.rank, 0)) for m in (compiled, eager, plain)]
+    return [{k.replace("block.", ""): v for k, v in r.items()} for r in results], graphs.collectives
+
+
+@pytest.mark.parametrize(("kept", "backward"), [(False, 2), (True, 1)])
+def test_checkpointing_inside_a_compiled_model(kept, backward):
+    """Statistics move once, values are right; the policy in `checkpoint_context`'s docstring keeps the collective."""
+    for (compiled, eager, plain), collectives in worlds.run(2, _checkpointed, kept, timeout=TIMEOUT):
+        same(compiled, plain)
+        same(eager, plain)
+        assert collectives == [1, backward]
+
+
+def test_compiled_classes_that_do_not_normalize_once_are_named():
+    for cls, how in ((Twice, "more than once"), (ByHand, "without F.batch_norm")):
+        torch._dynamo.reset()
+        layer = syncbn.convert(nn.Sequential(cls(4)))
+        layer[0]._force_sync = True
+        with pytest.raises(Exception, match=how):
+            torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 4, 3, 3))
+
+
+def test_alone_a_compiled_layer_is_torchs():
+    torch._dynamo.reset()
+    module = syncbn.convert(model("layers"))
+    same(step(torch.compile(module, fullgraph=True), batch(0, 0)), step(model("layers"), batch(0, 0)))
+
+
+def test_double_backward_of_compiled_code_is_torchs_error():
+    torch._dynamo.reset()
+    layer = syncbn.SyncBatchNorm1d(3)
+    layer._force_sync = True
+    x = torch.randn(5, 3, requires_grad=True)
+    y = torch.compile(layer, fullgraph=True)(x)
+    (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|does not require grad"):
+        g.sum().backward()

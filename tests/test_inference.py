@@ -1,0 +1,153 @@
+"""fold, export, and the tools of torch that touch modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import syncbn
+
+
+def warmed(model, *shape):
+    """With running statistics and parameters that are not the identity."""
+    torch.manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+            if layer.affine:
+                nn.init.normal_(layer.weight)
+                nn.init.normal_(layer.bias)
+    return syncbn.convert(model.double()), torch.randn(shape, dtype=torch.float64)
+
+
+def norms(model):
+    return [type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+FOLDED = {
+    "conv1d": (nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU()), (2, 3, 9)),
+    "conv2d": (nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()), (2, 3, 9, 9)),
+    "conv3d": (nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), (2, 3, 4, 4, 4)),
+    "grouped": (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4, affine=False)), (2, 4, 5, 5)),
+    "transposed": (nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)), (2, 3, 4, 4)),
+    "linear": (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2, False), nn.BatchNorm1d(2)), (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_fold_leaves_no_batch_norm_and_the_same_outputs(name):
+    model, shape = FOLDED[name]
+    model, x = warmed(copy.deepcopy(model), *shape)
+    before = copy.deepcopy(model.state_dict())
+    folded = syncbn.fold(model)
+    assert norms(folded) == []
+    expected = model.eval()(x)
+    assert (folded(x) - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert norms(model) != []
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+class Kept(nn.Module):
+    """Where folding would be wrong: outputs used twice, layers called twice, a norm in front, other groups, no statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.a_norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.b, self.b_norm, self.b_other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.c_norm, self.c = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.d, self.d_norm = nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)
+        self.e, self.e_norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        a = self.a(x)
+        x = self.a_norm(a) + a
+        x = self.b_other(self.b(self.b_norm(self.b(x))))
+        x = self.c(self.c_norm(x))
+        x = self.d_norm(self.d(x))
+        return self.e_norm(self.e(x))
+
+
+def test_fold_leaves_what_it_would_get_wrong():
+    model, x = warmed(Kept(), 2, 3, 4, 4)
+    folded = syncbn.fold(model)
+    assert norms(folded) == ["BatchNorm2d"] * 5, "only the last is folded"
+    expected = model.eval()(x)
+    assert (folded(x) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_fold_says_what_it_cannot_trace():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"given a Branching that torch.fx cannot trace; expected"):
+        syncbn.fold(Branching())
+
+
+def test_export_of_a_converted_model_in_eval_mode():
+    model, x = warmed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 2, 3, 6, 6)
+    expected = model.eval()(x)
+    exported = torch.export.export(model, (x,))
+    assert torch.allclose(exported.module()(x), expected, rtol=1e-12)
+    assert not any("c10d" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_onnx_of_a_converted_model_in_eval_mode(tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    model, x = warmed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 2, 3, 6, 6)
+    model, x = model.float().eval(), x.float()
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(y), model(x), atol=1e-5)
+
+
+def test_averaged_models_average_and_recalibrate():
+    """AveragedModel deep-copies; update_bn resets, sets momentum=None and trains once through the data."""
+    model = syncbn.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    twin = copy.deepcopy(model)
+    syncbn.revert(twin)
+    batches = [torch.randn(8, 3) for _ in range(3)]
+    averages = []
+    for one in (model, twin):
+        average = AveragedModel(one, use_buffers=False)
+        for _ in range(2):
+            with torch.no_grad():
+                one[0].weight.add_(0.5)
+            average.update_parameters(one)
+        update_bn(batches, average)
+        averages.append(average)
+    assert type(averages[0].module[1]) is syncbn.SyncBatchNorm1d
+    for (name, a), b in zip(averages[0].state_dict().items(), averages[1].state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6), name
+
+
+def test_parametrized_weights_train():
+    class Positive(nn.Module):
+        def forward(self, original):
+            return original.exp()
+
+    layer = syncbn.SyncBatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", Positive())
+    layer._force_sync = True
+    x = torch.randn(6, 3)
+    layer(x).pow(3).sum().backward()
+    theirs = nn.BatchNorm1d(3)
+    parametrize.register_parametrization(theirs, "weight", Positive())
+    theirs(x).pow(3).sum().backward()
+    mine, expected = (m.parametrizations.weight.original.grad for m in (layer, theirs))
+    assert torch.allclose(mine, expected, rtol=1e-5)
+
+
+def test_state_dict_hooks_run():
+    layer = syncbn.SyncBatchNorm1d(3)
+    layer.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update({prefix + "extra": torch.ones(1)}))
+    layer.register_load_state_dict_pre_hook(lambda module, state, prefix, *rest: state.pop(prefix + "extra"))
+    state = layer.state_dict()
+    assert "extra" in state
+    layer.load_state_dict(state)
