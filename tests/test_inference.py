@@ -96,6 +96,7 @@ def test_export_of_a_converted_model_in_eval_mode():
     assert not any("c10d" in str(node.target) for node in exported.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the exporter's own
 def test_onnx_of_a_converted_model_in_eval_mode(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript")

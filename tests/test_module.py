@@ -232,6 +232,28 @@ def test_autocast_leaves_the_statistics_alone():
     tolerance.check("dbias", model[1].bias.grad, torch.full((4,), 8.0 * 16).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_step_under_autocast_with_a_scaled_loss(dtype):
+    """Gradients unscaled are those of torch's layer in the same precision, to its rounding; parameters stay float32."""
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    mine = syncbn.convert(copy.deepcopy(theirs))
+    mine[1]._force_sync = True
+    x = torch.randn(16, 3, 6, 6)
+    for model in (theirs, mine):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        with torch.autocast("cpu", dtype):
+            loss = model(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype, name
+        largest = max(0.1, b.double().abs().max().item())
+        assert tolerance.error(a, b.double()) <= 2 * torch.finfo(dtype).eps * largest, name
+
+
 def test_only_the_input_and_values_per_channel_are_kept_for_backward():
     layer = forced(Case(1))
     (x,), _ = batches.make(Case(1, "equal"))

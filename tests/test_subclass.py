@@ -108,6 +108,20 @@ class Squared(nn.Module):
         return value.sqrt()
 
 
+class Split(nn.BatchNorm2d):
+    """Normalizes the halves of a batch apart, the second by a layer of its own."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.other = nn.BatchNorm2d(num_features)
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        half = len(x) // 2
+        return torch.cat([super().forward(x[:half]), self.other(x[half:])])
+
+
 USERS = {"Named": Named, "Scaled": Scaled, "Activated": Activated, "AnyDimensions": AnyDimensions}
 
 
@@ -185,6 +199,21 @@ def test_over_processes_it_is_the_class_on_the_whole_batch(name, shares):
         tolerance.check("running_mean", mean, expected.running_mean)
         tolerance.check("running_var", var, expected.running_var)
         assert tracked == 1
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("outer", [Split, Activated])
+def test_a_batch_norm_inside_a_users_batch_norm_counts_for_itself(outer, forced):
+    theirs = Split(C) if outer is Split else nn.Sequential(Activated(C), Split(C))
+    mine = syncbn.convert(copy.deepcopy(theirs))
+    for layer in mine.modules():
+        layer._force_sync = forced
+    for training in (True, False):
+        x = torch.randn(8, C, 3, 3)
+        expected = theirs.train(training)(x)
+        assert (mine.train(training)(x) - expected).abs().max() <= (2e-6 if forced else 0) * expected.abs().max()
+    for (name, a), b in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7, msg=name)
 
 
 def test_dropout_inside_a_users_forward_stays():
