@@ -231,7 +231,7 @@ class Recording:
                 f"{f'layer {layer!r} there' if layer else f'{self.next} calls'}; expected the same calls in the same order"
             )
         self.next += 1
-        return message
+        return message.clone()
 
 
 _recordings: contextvars.ContextVar[tuple[Recording, ...]] = contextvars.ContextVar("syncbn_recordings", default=())
@@ -253,7 +253,7 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
         reduced = _observed_all_reduce(message, call, observers)
     for recording in recordings:
         if recording.next is None:
-            recording.messages.append((call.layer, reduced.message))
+            recording.messages.append((call.layer, reduced.message.clone()))
     return reduced
 
 
@@ -275,10 +275,8 @@ def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer,
 
 
 def traced_all_reduce(message: Tensor, call: Call) -> Tensor:
-    """As `all_reduce`, into a new tensor, and by an operator that torch.compile keeps in its graph."""
-    if torch.compiler.is_compiling():
-        return message.clone() if call.group is None else functional.all_reduce(message, "sum", call.group)
-    return all_reduce(message.clone(), call, observers()).message
+    """As `all_reduce`, for code that is compiled: into a new tensor, by an operator that stays in the graph, unobserved."""
+    return message.clone() if call.group is None else functional.all_reduce(message, "sum", call.group)
 
 
 def _all_reduce(message: Tensor, call: Call) -> Tensor:

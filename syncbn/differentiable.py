@@ -28,6 +28,14 @@ def wanted() -> bool:
     )
 
 
+class _Watch:
+    """The observers of a forward, for its backward too, and whether one of them holds the running statistics."""
+
+    def __init__(self) -> None:
+        self.observers = collectives.observers()
+        self.hold = False
+
+
 class _AllReduce(torch.autograd.Function):
     """The sum over the group of a message (*, M), and of its cotangents: y = Σ x over ranks gives dx = Σ dy over ranks.
 
@@ -35,18 +43,22 @@ class _AllReduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(message: Tensor, constants: int, call: Call) -> Tensor:
-        return collectives.traced_all_reduce(message, call)
+    def forward(message: Tensor, constants: int, call: Call, watch: _Watch | None) -> Tensor:
+        if watch is None:
+            return collectives.traced_all_reduce(message, call)
+        reduced = collectives.all_reduce(message.clone(), call, watch.observers)
+        watch.hold = watch.hold or reduced.hold
+        return reduced.message
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.constants, ctx.call = inputs
+        _, ctx.constants, ctx.call, ctx.watch = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = grad.shape[-1] - ctx.constants
-        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward"))
-        return torch.cat([reduced, torch.zeros_like(grad[..., kept:])], -1), None, None
+        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward"), ctx.watch)
+        return torch.cat([reduced, torch.zeros_like(grad[..., kept:])], -1), None, None, None
 
 
 class _EagerAllReduce(_AllReduce):
@@ -54,26 +66,32 @@ class _EagerAllReduce(_AllReduce):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return all_reduce(tangent, ctx.call)
+        return all_reduce(tangent, ctx.call, ctx.watch)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, ...], message: Tensor, constants: int, call: Call) -> tuple[Tensor, int]:
-        return all_reduce(message.movedim(in_dims[0], 0), call, constants), 0
+    def vmap(info: Any, in_dims: tuple[int, ...], message: Tensor, constants: int, call: Call, watch: _Watch) -> Any:
+        return all_reduce(message.movedim(in_dims[0], 0), call, watch, constants), 0
 
 
-def all_reduce(message: Tensor, call: Call, constants: int = 0) -> Tensor:
+def all_reduce(message: Tensor, call: Call, watch: _Watch | None, constants: int = 0) -> Tensor:
     """The sum of messages (*, M) over call.group, differentiable any number of times, forward and backward."""
-    function = _AllReduce if torch.compiler.is_compiling() else _EagerAllReduce
-    return function.apply(message, constants, call)
+    function = _AllReduce if watch is None else _EagerAllReduce
+    return function.apply(message, constants, call, watch)
 
 
-def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call) -> Tensor:
-    """Normalize x (N, C, *) and move the running statistics; all_reduces of 2C+1 values forward and 2C backward."""
-    message = all_reduce(equations.moments(x), call, constants=1)
-    stats = equations.statistics(message)
-    if running is not None:
+def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None = None) -> Tensor:
+    """Normalize x (N, C, *) and move the running statistics; all_reduces of 2C+1 values forward and 2C backward.
+
+    With a mask (N, 1, *), only where it is true; y and dx are 0 elsewhere, whatever x is there.
+    """
+    watch = None if torch.compiler.is_compiling() else _Watch()
+    if mask is not None:
+        x = torch.where(mask, x, 0)
+    stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
+    if running is not None and (watch is None or not watch.hold):
         move(running, equations.Statistics(*(value.detach() for value in stats)))
-    return equations.normalize(x, stats, affine.weight, affine.bias, affine.eps)
+    y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps)
+    return y if mask is None else torch.where(mask, y, 0)
 
 
 def gradients(
@@ -88,8 +106,9 @@ def gradients(
     The statistics are taken anew, so that their derivative is known: all_reduces of 2C+1 and 2C values here, and two of 2C
     when the result is differentiated, beside those of what dy depends on.
     """
-    stats = equations.statistics(all_reduce(equations.moments(x), call, constants=1))
+    watch = _Watch()
+    stats = equations.statistics(all_reduce(equations.moments(x), call, watch, constants=1))
     local = equations.gradient_sums(dy, x, stats.mean)
     sum_dy, sum_dy_xmu = local.chunk(2)
-    dx = equations.input_gradient(dy, x, stats, weight, eps, all_reduce(local, call))
+    dx = equations.input_gradient(dy, x, stats, weight, eps, all_reduce(local, call, watch))
     return dx, sum_dy_xmu * equations.invstd(stats.var, eps), sum_dy

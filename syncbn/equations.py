@@ -90,19 +90,31 @@ def finite(shift: Tensor) -> Tensor:
     return torch.where(shift.isfinite(), shift, 0)
 
 
-def pack_moments(x: Tensor, shift: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
-    """The message [S1, S2, n], (2C+1,) float64, from the sums s1, s2 (C,) taken about the pivot `shift` (C,)."""
-    count = values_per_channel(x)
+def pack_moments(x: Tensor, shift: Tensor, s1: Tensor, s2: Tensor, count: Tensor | None = None) -> Tensor:
+    """The message [S1, S2, n], (2C+1,) float64, from the sums s1, s2 (C,) taken about the pivot `shift` (C,).
+
+    `count` is n if it is not that of all values of x: a tensor (1,) float64.
+    """
+    n = values_per_channel(x) if count is None else count
     shift, s1, s2 = shift.double(), s1.double(), s2.double()
-    n = torch.full((1,), count, dtype=torch.float64, device=x.device)
-    return torch.cat([s1 + count * shift, s2 + shift * (2 * s1 + count * shift), n])
+    sent = n if isinstance(n, Tensor) else torch.full((1,), n, dtype=torch.float64, device=x.device)
+    return torch.cat([s1 + n * shift, s2 + shift * (2 * s1 + n * shift), sent])
 
 
-def moments(x: Tensor) -> Tensor:
-    """The message [S1, S2, n] of one share: (2C+1,) float64. The sum of all shares' messages is that of the batch."""
-    shift = pivot(x)
-    centered = x - per_channel(shift, x)
-    return pack_moments(x, shift, centered.sum(channel_dims(x)), centered.square().sum(channel_dims(x)))
+def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The message [S1, S2, n] of one share: (2C+1,) float64. The sum of all shares' messages is that of the batch.
+
+    With a mask (N, 1, *), of the values where it is true; x (N, C, *) is finite elsewhere.
+    """
+    if mask is None:
+        shift, count = pivot(x), None
+        centered = x - per_channel(shift, x)
+    else:
+        count = mask.sum(dtype=torch.float64).reshape(1)
+        total = torch.where(mask, x, 0).sum(channel_dims(x), dtype=compute_dtype(x.dtype))
+        shift = finite((total / count.clamp(min=1)).to(total.dtype)).detach()
+        centered = torch.where(mask, x - per_channel(shift, x), 0)
+    return pack_moments(x, shift, centered.sum(channel_dims(x)), centered.square().sum(channel_dims(x)), count)
 
 
 def statistics(message: Tensor) -> Statistics:

@@ -78,6 +78,7 @@ def sync_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     process_group: GroupLike = None,
+    mask: Tensor | None = None,
     *,
     _force_sync: bool = False,
 ) -> Tensor:
@@ -96,6 +97,8 @@ def sync_batch_norm(
         momentum: the step of the running statistics.
         eps: ε, added to the variance.
         process_group: the ranks that share statistics: None (all), a ProcessGroup or a 1-D DeviceMesh.
+        mask: (N, *) or (N, 1, *) bool, true at the positions that count, as padding does not. Elsewhere y and the gradient of
+            the input are 0, whatever the input is there, NaN too, in training and without.
 
     Returns:
         (N, C, *) in the dtype of `input` and the strides of torch.empty_like(input).
@@ -107,7 +110,7 @@ def sync_batch_norm(
         CollectiveError: a peer is gone, or did not come within the group's timeout.
     """
     if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return local(input, running_mean, running_var, Affine(weight, bias, eps), False, mask, "sync_batch_norm")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"given one of running_mean and running_var; expected both or neither ({where('sync_batch_norm')})")
     if not isinstance(momentum, (int, float)):
@@ -117,7 +120,7 @@ def sync_batch_norm(
         )
     running = None if running_mean is None or running_var is None else Running(running_mean, running_var, None, momentum)
     site = Site("sync_batch_norm", Group(process_group), None, _force_sync)
-    return train(input, Affine(weight, bias, eps), running, site)
+    return train(input, Affine(weight, bias, eps), running, site, mask)
 
 
 class Site(NamedTuple):
@@ -129,29 +132,29 @@ class Site(NamedTuple):
     force_sync: bool  # take the synchronized path in a process that is alone too
 
 
-def train(x: Tensor, affine: Affine, running: Running | None, site: Site) -> Tensor:
+def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: Tensor | None = None) -> Tensor:
     """Normalize x (N, C, *) by the statistics of its batch over the site's group, and move `running` unless in a backward.
 
     Can be overridden as torch's functions can, by __torch_function__ and its modes.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(train, (x,), x, affine, running, site)
+        return handle_torch_function(train, (x,), x, affine, running, site, mask)
     try:
         group = site.group.resolve()
     except ValueError as error:
         raise ValueError(f"{error} ({where(site.layer)})") from None
     recomputing = in_backward()
     alone = group is None or group.size() == 1
-    if alone and not site.force_sync and not collectives.observers():
+    if alone and mask is None and not site.force_sync and not collectives.observers():
         return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None
-    problem = _problem(x, affine, running, site.channels)
+    problem = _problem(x, affine, running, site.channels) or _mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group)
-    if differentiable.wanted():
-        return differentiable.batch_norm(x, affine, running, call)
+    if mask is not None or differentiable.wanted():
+        return differentiable.batch_norm(x, affine, running, call, None if mask is None else _broadcast(mask, x))
     return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.eps, running, call)
 
 
@@ -226,6 +229,50 @@ def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int |
     except ValueError as error:
         return error
     return None
+
+
+def local(
+    x: Tensor,  # (N, C, *)
+    mean: Tensor | None,  # (C,)
+    var: Tensor | None,  # (C,)
+    affine: Affine,
+    by_batch: bool,  # by the statistics of x, for want of others
+    mask: Tensor | None,  # (N, *) or (N, 1, *)
+    layer: str,
+) -> Tensor:
+    """F.batch_norm in eval mode, 0 where the mask is false."""
+    if mask is None:
+        return F.batch_norm(x, mean, var, affine.weight, affine.bias, by_batch, 0.0, affine.eps)
+    problem = _mask_problem(x, mask)
+    if problem is not None:
+        raise type(problem)(f"{problem} ({where(layer)})")
+    mask = _broadcast(mask, x)
+    if by_batch:
+        return differentiable.batch_norm(x, affine, None, Call(layer, "forward", x.shape[1], x.dtype, None), mask)
+    y = F.batch_norm(torch.where(mask, x, 0), mean, var, affine.weight, affine.bias, False, 0.0, affine.eps)
+    return torch.where(mask, y, 0)
+
+
+def _mask_problem(x: Tensor, mask: Tensor | None) -> Exception | None:
+    """What is wrong with the mask, if anything."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        return TypeError(f"given a mask of {mask.dtype}; expected torch.bool, true at the positions that count")
+    allowed = [(*x.shape[:1], *x.shape[2:]), (*x.shape[:1], 1, *x.shape[2:])]
+    if tuple(mask.shape) not in allowed:
+        return ValueError(
+            f"given input of shape {tuple(x.shape)} and a mask of shape {tuple(mask.shape)}; "
+            f"expected a mask of shape {allowed[0]} or {allowed[1]}"
+        )
+    if mask.device != x.device:
+        return ValueError(f"given input on {x.device} and a mask on {mask.device}; expected one device")
+    return None
+
+
+def _broadcast(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as (N, 1, *)."""
+    return mask if mask.dim() == x.dim() else mask.unsqueeze(1)
 
 
 def where(layer: str) -> str:

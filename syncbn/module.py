@@ -10,13 +10,12 @@ import warnings
 import weakref
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Group, GroupLike, ProcessGroup
-from .function import Site, train, where
+from .function import Site, local, train, where
 from .kernels import Affine, Running
 
 
@@ -63,25 +62,26 @@ class _Synchronized(_BatchNorm):
         if group != ALL_RANKS.group:
             self._syncbn = Binding(group)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """y of `input` (N, C, *): where `mask`, (N, *) or (N, 1, *) bool, is true, and 0 elsewhere; see `sync_batch_norm`."""
         try:
             self._check_input_dim(input)
         except ValueError as error:
             raise ValueError(f"{error} ({where(self._name())})") from None
         mean, var = self.running_mean, self.running_var
+        affine = Affine(self.weight, self.bias, self.eps)
         if not self.training:
-            by_batch = mean is None and var is None
-            return F.batch_norm(input, mean, var, self.weight, self.bias, by_batch, self.momentum or 0.0, self.eps)
+            return local(input, mean, var, affine, mean is None and var is None, mask, self._name())
         running = None
         if self.track_running_stats and mean is not None and var is not None:
             if self._syncbn.group != ALL_RANKS.group:
                 self._warn_if_broadcast()
             uncounted = self.momentum is None and self.num_batches_tracked is None
             running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
-        return self._train(input, Affine(self.weight, self.bias, self.eps), running)
+        return self._train(input, affine, running, mask)
 
-    def _train(self, input: Tensor, affine: Affine, running: Running | None) -> Tensor:
-        return train(input, affine, running, self._site())
+    def _train(self, input: Tensor, affine: Affine, running: Running | None, mask: Tensor | None) -> Tensor:
+        return train(input, affine, running, self._site(), mask)
 
     def _warn_if_broadcast(self) -> None:
         """Warn, once a wrapper, if DistributedDataParallel will overwrite statistics of a smaller group by those of rank 0."""

@@ -119,7 +119,7 @@ class _Redirect(TorchFunctionMode):
         if func is F.batch_norm and not self.inside:
             self.count()
             return self._batch_norm(*args, **kwargs)
-        if func is train and args[-1] == self.site:
+        if func is train and args[3] == self.site:
             self.count()
         return func(*args, **kwargs)
 

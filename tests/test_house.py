@@ -134,7 +134,7 @@ def test_public_names():
     assert list(inspect.signature(syncbn.convert).parameters) == ["module", "process_group", "group_size", "skip"]
     torchs = inspect.signature(torch.nn.functional.batch_norm).parameters
     ours = inspect.signature(syncbn.sync_batch_norm).parameters
-    assert [*torchs, "process_group", "_force_sync"] == list(ours)
+    assert [*torchs, "process_group", "mask", "_force_sync"] == list(ours)
     assert all(ours[name].default == torchs[name].default for name in torchs)
 
 
