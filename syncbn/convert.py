@@ -32,6 +32,14 @@ def convert(
     Takes nn.BatchNorm1d/2d/3d, torch.nn.SyncBatchNorm, their lazy forms (which stay lazy), parametrized layers, and users'
     subclasses whose forward ends in super().forward or calls F.batch_norm once: what else such a forward does, stays.
 
+    **The size of a group.** What counts is the number of values per channel, N·H·W over the group, not N. Gradients of a plain
+    ReLU network grow per layer, in squared norm, by λ² = 3.08 at 4 values, 1.79 at 8, 1.59 at 16, 1.52 at 32, 1.49 at 64, and
+    1.467 without end; with 3 and fewer nothing bounds them (Yang et al. 2019, arXiv:1902.08129; residual networks grow far
+    less). So take the smallest group that brings the layer with the fewest values, mostly the last, to about 32. Past that
+    growth is no reason to synchronize: what is left is the noise of the statistics, about 1/√(values), and the bias of
+    mini-batch gradients, about 0.45/values. The cost is two all_reduces a layer and step, which are latency: measure yours with
+    benchmarks/groups.py (figures in benchmarks/README.md), and keep a group inside a node where nodes are far apart.
+
     Args:
         module: any model. Convert before DistributedDataParallel, `fully_shard` and accelerate's `prepare`.
         process_group: the ranks that share statistics: None (all; a layer that has a group keeps it), a ProcessGroup, a 1-D
