@@ -1,0 +1,28 @@
+"""The command line: `python -m syncbn <command>`, also installed as `syncbn`.
+
+Requirements: help and usage errors need nothing but torch; what a command needs is imported when it runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .demo.run import add_command as add_demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` (None: those of the process) name; the exit status: 0, 1 failed, 130 interrupted.
+
+    Raises:
+        SystemExit: 2 for a usage error, 0 after --help.
+    """
+    parser = argparse.ArgumentParser(prog="syncbn", description="Exact synchronized batch normalization for PyTorch.")
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    add_demo(commands)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
