@@ -55,7 +55,7 @@ def _make(cls: type[Any]) -> type[nn.Module]:
     name = f"Sync{cls.__name__}"
     if issubclass(cls, LazyModuleMixin) and cls.cls_to_become is not None:
         becomes = synchronized_class(cls.cls_to_become)
-        return types.new_class(name, (_ByOrigin, cls), {}, lambda body: body.update(wraps=cls, cls_to_become=becomes))
+        return types.new_class(name, (_Lazy, cls), {}, lambda body: body.update(wraps=cls, cls_to_become=becomes))
     ours = next((mine for torchs, mine in OURS.items() if issubclass(cls, torchs)), SyncBatchNorm)
     mixin = _ByOrigin if cls.forward is _BatchNorm.forward else _Redirected
     return types.new_class(name, (mixin, cls, ours), {}, lambda body: body.update(wraps=cls))
@@ -76,6 +76,15 @@ class _ByOrigin:
 def _new(cls: type[nn.Module]) -> nn.Module:
     made = synchronized_class(cls)
     return made.__new__(made)
+
+
+class _Lazy(_ByOrigin):
+    """Its first call finds this forward, gets its parameters and with them its class, and then comes here."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, LazyModuleMixin):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.forward(*args, **kwargs)
 
 
 class _Redirected(_ByOrigin):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import worlds
 from batches import Case
+from collectives_seen import CollectivesSeen
 from test_convert import classes, snapshot
 from torch import nn
 from torch.nn.utils import parametrize
@@ -30,9 +31,7 @@ class Named(nn.BatchNorm2d):
 class Scaled(nn.BatchNorm2d):
     """Ends in super().forward."""
 
-    def __init__(self, num_features, factor=2.0, **options):
-        super().__init__(num_features, **options)
-        self.factor = factor
+    factor = 2.0
 
     def forward(self, input, shift=0.0):
         return super().forward(input * 1.0) * self.factor + shift
@@ -284,6 +283,26 @@ def test_lazy_layers_stay_lazy_and_become_ours(lazy, ours, becomes):
         assert one[0]._syncbn.path == "0"
         assert one[0].num_features == C
         assert type(syncbn.revert(one)[0]) is becomes
+
+
+def _lazy(world, name):
+    lazy = {"torch": nn.LazyBatchNorm2d, "user": LazyScaled}[name]
+    layer = syncbn.convert(lazy(dtype=torch.float64), world.group)
+    xs, _ = batches.make(Case(2, dtype=torch.float64))
+    with CollectivesSeen() as log:
+        y = layer(xs[world.rank])
+    return y.detach(), layer.running_mean, len(log.seen)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize(("name", "factor"), [("torch", 1), ("user", 2)])
+def test_the_first_forward_of_a_lazy_layer_is_synchronized(name, factor):
+    xs, dys = batches.make(Case(2, dtype=torch.float64))
+    expected = oracle.batch_norm(xs, dys, running_mean=torch.zeros(C), running_var=torch.ones(C))
+    for rank, (y, mean, collectives) in enumerate(worlds.run(2, _lazy, name)):
+        assert collectives == 1
+        tolerance.check("y", y / factor, expected.y[rank])
+        tolerance.check("running_mean", mean, expected.running_mean)
 
 
 def parametrized():
