@@ -1,12 +1,14 @@
 """Exact synchronized batch normalization for PyTorch, on CPU and GPU."""
 
 from ._version import __version__
+from .accumulation import accumulate_statistics
 from .checkpoint import checkpoint_context
 from .collectives import CollectiveError
 from .convert import convert, revert
 from .fold import fold
 from .function import sync_batch_norm
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from .population import pool_running_stats, update_bn_stats
 
 __all__ = [
     "CollectiveError",
@@ -15,9 +17,12 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "__version__",
+    "accumulate_statistics",
     "checkpoint_context",
     "convert",
     "fold",
+    "pool_running_stats",
     "revert",
     "sync_batch_norm",
+    "update_bn_stats",
 ]

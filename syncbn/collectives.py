@@ -159,7 +159,8 @@ class Call(NamedTuple):
     """What a collective is for, as observers and error messages see it."""
 
     layer: str
-    phase: str  # "forward", "backward", or "recompute": a forward inside a backward, as activation checkpointing runs it
+    phase: str  # "forward", "backward", or "recompute": a forward inside a backward, as activation checkpointing runs it;
+    # "control" for what is no layer's
     channels: int
     dtype: torch.dtype  # of the layer's input
     group: ProcessGroup | None

@@ -124,11 +124,14 @@ def test_public_names():
         "SyncBatchNorm2d",
         "SyncBatchNorm3d",
         "__version__",
+        "accumulate_statistics",
         "checkpoint_context",
         "convert",
         "fold",
+        "pool_running_stats",
         "revert",
         "sync_batch_norm",
+        "update_bn_stats",
     }
     assert all(hasattr(syncbn, name) for name in syncbn.__all__)
     assert list(inspect.signature(syncbn.convert).parameters) == ["module", "process_group", "group_size", "skip"]
