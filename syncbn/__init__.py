@@ -7,8 +7,10 @@ from .collectives import CollectiveError
 from .convert import convert, revert
 from .fold import fold
 from .function import sync_batch_norm
+from .join import SyncBatchNormJoin
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .population import pool_running_stats, update_bn_stats
+from .steps import even_steps
 
 __all__ = [
     "CollectiveError",
@@ -16,10 +18,12 @@ __all__ = [
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
+    "SyncBatchNormJoin",
     "__version__",
     "accumulate_statistics",
     "checkpoint_context",
     "convert",
+    "even_steps",
     "fold",
     "pool_running_stats",
     "revert",

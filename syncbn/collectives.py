@@ -1,4 +1,4 @@
-"""The communication seam: the only file that calls torch.distributed.
+"""The communication seam: with control.py beside it the only file that calls torch.distributed.
 
 Requirements
     - one all_reduce a call, float64, in program order: nothing here depends on data, shapes or gradients of one rank;
@@ -278,6 +278,11 @@ def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer,
 def traced_all_reduce(message: Tensor, call: Call) -> Tensor:
     """As `all_reduce`, for code that is compiled: into a new tensor, by an operator that stays in the graph, unobserved."""
     return message.clone() if call.group is None else functional.all_reduce(message, "sum", call.group)
+
+
+def post(message: Tensor, group: ProcessGroup) -> Any:
+    """Start the all_reduce of a message over a group, in place; the work returned has a wait()."""
+    return dist.all_reduce(message, group=group, async_op=True)
 
 
 def _all_reduce(message: Tensor, call: Call) -> Tensor:

@@ -11,11 +11,14 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 
 
+RUNS = [(1, ()), (2, ()), (2, ("--bn", "local"))]
+
+
 def train(world_size: int, *options: str) -> str:
     """What launch/train.py prints."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     done = subprocess.run(
-        [*launcher, str(LAUNCH / "train.py"), "--epochs", "2", *options],
+        [*launcher, str(LAUNCH / "train.py"), "--epochs", "1", *options],
         capture_output=True,
         text=True,
         timeout=100,
@@ -30,10 +33,10 @@ def figures(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"(?:loss|images:) (\d+\.\d+)", printed)]
 
 
-def test_the_training_program_gives_the_same_on_three_processes_as_on_one():
-    """Batches of 32 on three ranks: shares of 11, 11 and 10. Printed to 4 digits."""
-    alone, three = figures(train(1)), figures(train(3))
-    assert len(alone) == len(three) == 3
-    assert three == pytest.approx(alone, abs=2e-3)
-    assert alone[-1] > 0.8
-    assert abs(figures(train(3, "--bn", "local"))[0] - alone[0]) > 2e-3, "local batch norm is another network"
+def test_the_training_program_gives_the_same_on_two_processes_as_on_one():
+    """Batches of 33 on two ranks: shares of 17 and 16. Printed to 4 digits."""
+    alone, two, local = (figures(train(size, "--batch-size", "33", *bn)) for size, bn in RUNS)
+    assert len(alone) == len(two) == 2
+    assert two == pytest.approx(alone, abs=2e-3)
+    assert alone[-1] > 0.5
+    assert abs(local[0] - alone[0]) > 4e-3, "local batch norm is another network"

@@ -1,0 +1,64 @@
+"""Control traffic: small messages about a run, beside the statistics. With collectives.py all that calls torch.distributed.
+
+Requirements: over Gloo on the CPU, so that no GPU waits; with the timeout of the group that it is for.
+"""
+
+import pickle
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .collectives import ProcessGroup, timeout
+
+# Gloo beside each group, for control messages; they go when it does.
+_sides: weakref.WeakKeyDictionary[ProcessGroup, "Side"] = weakref.WeakKeyDictionary()
+
+
+def side_group(group: ProcessGroup) -> "Side":
+    """The control channel of the ranks of `group`, one for all who ask; every rank of the group asks first at the same time."""
+    if group not in _sides:
+        _sides[group] = Side(group)
+    return _sides[group]
+
+
+class Side:
+    """Control messages between the ranks of a group: over Gloo on the CPU, so that no GPU waits, with the group's timeout.
+
+    Made of the backend itself: `new_group` needs every rank of the job, or, with use_local_synchronization, names the group by
+    how many groups a rank is in, so that ranks that are in different numbers of groups wait for each other until the timeout.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        store = dist.PrefixStore(f"syncbn/{group.group_name}", dist.distributed_c10d._get_default_store())
+        self.rank, self.size = group.rank(), group.size()
+        self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, timeout(group))
+
+    def gather_rows(self, row: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Send a row of integers to every rank and do not wait; the function returned waits for all rows, by rank."""
+        local = torch.tensor(row, dtype=torch.int64, device="cpu")
+        rows = torch.zeros(self.size, len(row), dtype=torch.int64, device="cpu")
+        work = self._gloo.allgather([list(rows.unbind())], [local])
+
+        def wait() -> list[list[int]]:
+            work.wait()
+            return rows.tolist()
+
+        return wait
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank: pickled, and waited for."""
+        data = pickle.dumps(value)
+        lengths = [length for (length,) in self.gather_rows([len(data)])()]
+        local = torch.frombuffer(bytearray(data.ljust(max(lengths), b"\0")), dtype=torch.uint8)
+        rows = torch.zeros(self.size, max(lengths), dtype=torch.uint8, device="cpu")
+        self._gloo.allgather([list(rows.unbind())], [local]).wait()
+        return [pickle.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
+
+
+def own_group(group: ProcessGroup) -> tuple[ProcessGroup, Any]:
+    """A new group of the same ranks, with the same timeout, and a store of its own; every rank of the job makes it."""
+    made = dist.new_group(dist.get_process_group_ranks(group), timeout(group))
+    return made, dist.PrefixStore(f"syncbn/{made.group_name}", dist.distributed_c10d._get_default_store())

@@ -1,0 +1,250 @@
+"""Ranks with different numbers of batches, by torch's Join.
+
+Requirements
+    - a rank that is out of data issues the collectives of the layers as the others do, with nothing in them, and moves its
+      running statistics as they do;
+    - it posts them all and goes on: the others are at those of DistributedDataParallel in between;
+    - what it posts is what the others call, in their order: recorded in the first step, checked in every other.
+"""
+
+import contextlib
+import pickle
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.nn.parallel import DistributedDataParallel
+
+from . import collectives
+from .collectives import Call, CollectiveError, Group, timeout
+from .control import own_group
+from .equations import statistics
+from .kernels import Running, move
+from .module import _Synchronized
+
+
+class _Entry(NamedTuple):
+    """A collective of a layer, as the ranks that are out of data have to know it."""
+
+    phase: str
+    layer: str  # its path in the wrapped model
+    size: int  # of the message, float64
+
+
+class SyncBatchNormJoin(Joinable):
+    """Lets `torch.distributed.algorithms.Join` serve a DistributedDataParallel model with layers of ours.
+
+        joined = syncbn.SyncBatchNormJoin(ddp_model)                  # once, on every rank of the job
+        with Join([joined, ddp_model]):                               # ours first
+            for x, target in loader: ...
+
+    A rank that is out of data, or has none at all, takes part in the statistics of the others with an empty share, and ends
+    with their running statistics. Gradients are what Join makes of them: DistributedDataParallel divides by all ranks, or, with
+    Join(..., divide_by_initial_world_size=False), by those that still have data. The mean loss of one process takes the number
+    of samples of all ranks in the step, which Join does not tell: `syncbn.even_steps` does.
+
+    Static schedules only: every forward of the wrapped model in the context calls the same layers in the same order, followed
+    by its backward before the next forward. Another order is an error on the ranks that have data, and for `syncbn.even_steps`,
+    which takes any.
+
+    Takes any of the wrapper's broadcast of buffers, find_unused_parameters and no_sync. What Join does not send is the state of
+    the optimizer: a rank that was out of data has momentum of its own, and even_steps keeps it alike. accelerate's
+    join_uneven_inputs serves GPUs only: on the CPU it warns and does nothing.
+
+    The layers get a group of their own, of the same ranks, for good, which cannot be pickled: save the state_dict. Their paths
+    in messages become those in the wrapped model.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        """
+        Args:
+            ddp: wraps a model with layers of ours, all over the group of the wrapper.
+
+        Raises:
+            TypeError: no DistributedDataParallel.
+            ValueError: no layer of ours in it, or one over other ranks.
+        """
+        super().__init__()
+        if not isinstance(ddp, DistributedDataParallel):
+            raise TypeError(f"given a {type(ddp).__name__}; expected a DistributedDataParallel")
+        self.ddp = ddp
+        self.layers = {path: layer for path, layer in ddp.module.named_modules() if isinstance(layer, _Synchronized)}
+        if not self.layers:
+            raise ValueError("given a model without layers of syncbn; expected some: syncbn.convert it before wrapping")
+        for path, layer in self.layers.items():
+            if layer.process_group is not ddp.process_group:
+                raise ValueError(
+                    f"given layer {path!r} with {layer._syncbn.group!r}; expected the group of the DistributedDataParallel"
+                )
+        self.group, store = own_group(ddp.process_group)
+        for path, layer in self.layers.items():
+            layer._syncbn = layer._syncbn._replace(group=Group(self.group), path=path)
+        self.schedule = _Schedule(store)
+        self.observing: contextlib.AbstractContextManager[None] | None = None
+        ddp.register_forward_pre_hook(self._before_forward, prepend=True)
+        ddp.register_forward_hook(self._after_forward, always_call=True)
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        return _Shadow(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self.ddp.join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self.ddp.join_process_group
+
+    def _before_forward(self, ddp: Any, args: Any) -> None:
+        """Tell Join that this rank has data, in the place of the wrapper, and watch its layers' calls."""
+        if not self._join_config.enable:
+            return
+        if not self._join_config.is_first_joinable:
+            raise ValueError("given Join([ddp_model, joined, ...]); expected Join([joined, ddp_model, ...]), ours first")
+        self.schedule.begin()
+        work = Join.notify_join_context(self)
+        if work is not None:
+            ddp.reducer._set_forward_pass_work_handle(work, ddp._divide_by_initial_world_size)
+        self.observing = collectives.observe(self.schedule)
+        self.observing.__enter__()
+
+    def _after_forward(self, ddp: Any, args: Any, output: Any) -> None:
+        if self.observing is not None:
+            self.observing.__exit__(None, None, None)
+            self.observing = None
+
+
+class _Schedule:
+    """An observer: the calls of the first step, recorded and published, and checked from the second on."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.entries: list[_Entry] = []
+        self.whole = False  # a step is recorded
+        self.at = 0  # calls made in this step
+
+    def begin(self) -> None:
+        """A forward of the wrapped model starts."""
+        self.end()
+        if self.whole and self.at != len(self.entries):
+            raise self._error(f"a forward after {self.at} calls of a step")
+        self.at = 0
+
+    def end(self) -> None:
+        """The step is over: what was recorded is the schedule."""
+        if self.entries and not self.whole:
+            self._publish(None)
+            self.whole = True
+
+    def before(self, call: Call, local: Tensor) -> None:
+        entry = _Entry(call.phase, call.layer, local.numel())
+        if not self.whole:
+            self._publish(entry)
+            self.entries.append(entry)
+        elif self.at == len(self.entries) or entry != self.entries[self.at]:
+            raise self._error(
+                f"{entry.phase} of layer {entry.layer!r} with {entry.size} values as call {self.at + 1} of a step"
+            )
+        self.at += 1
+
+    def after(self, call: Call, local: Tensor, reduced: Tensor) -> None: ...
+
+    def failed(self, call: Call, error: BaseException) -> None: ...
+
+    def _error(self, given: str) -> CollectiveError:
+        rank, size = collectives.rank_and_size()
+        expected = self.entries[self.at] if self.at < len(self.entries) else None
+        wanted = f"{expected.phase} of layer {expected.layer!r}, {expected.size} values" if expected else "the next forward"
+        return CollectiveError(
+            f"given {given} on rank {rank} of {size}; expected {wanted}, as in the first step: SyncBatchNormJoin takes "
+            "one order of calls only, use syncbn.even_steps"
+        )
+
+    def _publish(self, entry: _Entry | None) -> None:
+        self.store.set(str(len(self.entries)), pickle.dumps(entry))
+
+    def follow(self, seconds: float) -> Iterator[_Entry]:
+        """The calls of a first step that other ranks are in, as they come."""
+        while True:
+            key, end = str(len(self.entries)), time.monotonic() + seconds
+            while not self.store.check([key]):
+                if time.monotonic() > end:
+                    raise CollectiveError(f"no word from the ranks that have data within {seconds:g} s; expected their calls")
+                time.sleep(0.001)
+            entry = pickle.loads(self.store.get(key))
+            if entry is None:
+                break
+            self.entries.append(entry)
+            yield entry
+        self.whole, self.at = True, len(self.entries)
+
+
+class _Shadow(JoinHook):
+    """What a rank that is out of data does for the layers in a step of the others."""
+
+    def __init__(self, joined: SyncBatchNormJoin) -> None:
+        self.joined = joined
+        self.posted: list[tuple[_Entry, Tensor, Any]] = []  # call, message, work
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def main_hook(self) -> None:
+        """Post the calls of a step; the first one is not known to a rank that never had data, and followed by a thread."""
+        self._finish()
+        schedule = self.joined.schedule
+        schedule.end()
+        if schedule.whole:
+            self._post(schedule.entries)
+        else:
+            self.thread = threading.Thread(target=self._follow, daemon=True)
+            self.thread.start()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """The context is left: forwards outside of it are nobody's business."""
+        self.joined.schedule.end()
+        self._finish()
+        self.joined._join_config = self.joined._join_config._replace(enable=False)
+
+    def _follow(self) -> None:
+        try:
+            self._post(self.joined.schedule.follow(timeout(self.joined.group).total_seconds()))
+        except BaseException as error:
+            self.error = error
+
+    def _post(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            message = torch.zeros(entry.size, dtype=torch.float64, device=self.joined.join_device)
+            self.posted.append((entry, message, collectives.post(message, self.joined.group)))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Wait for what was posted, and move the running statistics as the ranks with data do."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            raise self.error
+        for entry, message, work in self.posted:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise CollectiveError(
+                    f"a rank out of data waited in vain for {entry.phase} of layer {entry.layer!r}; expected the ranks with "
+                    "data to call it within the group's timeout: look for the first error among them"
+                ) from error
+            running = _running(self.joined.layers[entry.layer])
+            if entry.phase == "forward" and running is not None:
+                move(running, statistics(message))
+        self.posted = []
+
+
+def _running(layer: Any) -> Running | None:
+    """The buffers that a forward of the layer moves."""
+    mean, var, counted = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if not layer.track_running_stats or mean is None or var is None:
+        return None
+    return Running(mean, var, counted, 0.0 if layer.momentum is None and counted is None else layer.momentum)

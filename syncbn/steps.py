@@ -1,0 +1,295 @@
+"""Steps for ranks whose loaders end at different times.
+
+Requirements
+    - every rank takes the same steps, and each step weighs its samples as one process would that has all of them;
+    - what travels is four integers a rank and step, over Gloo, posted one step ahead: no GPU waits, compute hides it;
+    - a rank whose loader raises, or that is in another loop or step, is an error on every rank, at once.
+"""
+
+import copy
+import dataclasses
+import itertools
+import pickle
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .collectives import CollectiveError, Group, GroupLike, ProcessGroup
+from .control import side_group
+
+# What a rank has for a step.
+OUT, BATCH, FAILED = 0, 1, 2
+
+# How many loops each group has begun: alike on all ranks while they run the same program.
+_loops: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+def even_steps(
+    loader: Iterable[Any],
+    process_group: GroupLike = None,
+    *,
+    count: Callable[[Any], int] | None = None,
+    empty: Callable[[Any], Any] | None = None,
+) -> Generator[tuple[Any, float], None, None]:
+    """One pass over `loader` that lasts as many steps on every rank as on the one with the most batches.
+
+        for (x, target), weight in syncbn.even_steps(loader):
+            loss = F.cross_entropy(model(x), target, reduction="sum") * weight
+            loss.backward()                       # model: DistributedDataParallel over syncbn.convert(...)
+            optimizer.step()
+
+    Yields (batch, weight). A rank that has run out, or never had a batch, gets empty batches of the same structure, so that
+    every layer and wrapper runs its collectives. weight is W / N, with W ranks and N samples in the step over all of them (0
+    where there are none): a loss summed over the local samples, times weight, makes DistributedDataParallel's mean of the
+    gradients that of the mean loss of one process that sees all samples of the step, whatever the ranks' shares. Alone, it is
+    1 / N. Losses accumulated over several steps are sums of means; never take a mean on the rank, it is NaN for no samples.
+
+    The loader is read one batch ahead, and the counts of that batch travel while the step is computed. An error of the loader
+    is raised when its step comes, on all ranks. If the loop is left early, leave it on all ranks in the same step: the others
+    wait for the rank that is gone until the group's timeout, or raise once that rank begins another loop.
+
+    An empty batch has tensors of shape (0, *shape[1:]), of the dtype and on the device of the rank's own first batch; on a rank
+    that had none, of another rank's, on the CPU: move batches to the device in the loop. Tensors without dimensions and what is
+    no tensor pass as they were in the first batch; lists and tuples without a tensor are emptied. Containers are list, tuple,
+    named tuple, mutable mapping and dataclass.
+
+    Most layers and summed losses take empty batches, forward and backward. Those that fail: `x.view(len(x), -1)` and
+    `x.reshape(len(x), -1)` (write `x.flatten(1)`), F.pixel_shuffle in backward, pack_padded_sequence, `x.max()` and other
+    reductions without a neutral element, F.ctc_loss. Mean losses are NaN, also when multiplied by 0: sum, and weigh.
+
+    Args:
+        loader: batches, any iterable; a tree of tensors whose first dimension counts samples. Its length is not asked for.
+        process_group: the ranks that step together: None (all), a ProcessGroup or a 1-D DeviceMesh; the wrapper's group.
+        count: batch → number of its samples; without it, the first dimension of the first tensor that has one.
+        empty: batch → a batch of no samples, for batches that are no such tree (lists of images, graphs); it is copied by
+            deepcopy for each step, and pickled for ranks that never had a batch.
+
+    Raises:
+        TypeError: a group that is none, a batch of a class that hides its tensors.
+        ValueError: a rank outside of the group, a batch that cannot be counted, first batches that differ between ranks in
+            structure, dtype or number of dimensions.
+        CollectiveError: another rank's loader raised, a rank is in another step, or did not come within the timeout.
+    """
+    return _steps(loader, Group(process_group), count or count_samples, empty)
+
+
+class _Read(NamedTuple):
+    """What a rank has for a step, read from its loader."""
+
+    state: int  # OUT, BATCH or FAILED
+    batch: Any = None
+    count: int = 0  # type: ignore[assignment]  # samples in the batch
+    error: Exception | None = None  # why it FAILED
+
+
+class _Row(NamedTuple):
+    """What a rank says about a step."""
+
+    loop: int  # of the group, from 1
+    step: int  # of the loop, from 0
+    state: int
+    count: int  # type: ignore[assignment]
+
+
+class _Peers:
+    """The ranks that step together; alone, the rows are one."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.side, self.rank, self.size, self.loop = None, 0, 1, 1
+        if group is not None and group.size() > 1:
+            self.side, self.rank, self.size = side_group(group), group.rank(), group.size()
+            self.loop = _loops[group] = _loops.get(group, 0) + 1
+
+    def post(self, step: int, read: _Read) -> Callable[[], list[_Row]]:
+        """Say what this rank has for `step`; the function returned waits for the others' rows."""
+        row = _Row(self.loop, step, read.state, read.count)
+        if self.side is None:
+            return lambda: [row]
+        gathered = self.side.gather_rows(row)
+
+        def rows() -> list[_Row]:
+            try:
+                return [_Row(*values) for values in gathered()]
+            except RuntimeError as error:
+                raise CollectiveError(
+                    f"rank {self.rank} of {self.size} has no word from the others on step {step} of even_steps; expected every "
+                    "rank to reach it within the group's timeout: look for the first error among them, or for a loop left early"
+                ) from error
+
+        return rows
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] if self.side is None else self.side.gather_objects(value)
+
+
+def _steps(
+    loader: Iterable[Any], group: Group, count: Callable[[Any], int], empty: Callable[[Any], Any] | None
+) -> Generator[tuple[Any, float], None, None]:
+    peers = _Peers(group.resolve())
+    source = _each(loader)
+    template: Any = None
+    try:
+        ahead = _read(source, count)
+        rows = peers.post(0, ahead)
+        for step in itertools.count():
+            now, said = ahead, rows()
+            _check(peers, step, said, now)
+            if all(row.state == OUT for row in said):
+                return
+            if step == 0 and peers.size > 1:
+                template = _agree(peers, now, empty)
+            ahead = now if now.state == OUT else _read(source, count)
+            rows = peers.post(step + 1, ahead)
+            samples = sum(row.count for row in said)
+            batch = now.batch if now.state == BATCH else (emptied if empty is None else copy.deepcopy)(template)
+            yield batch, peers.size / samples if samples else 0.0
+    finally:
+        source.close()
+
+
+def _each(loader: Iterable[Any]) -> Generator[Any, None, None]:
+    yield from loader
+
+
+def _read(source: Iterator[Any], count: Callable[[Any], int]) -> _Read:
+    """The next batch; an error is kept for its step."""
+    try:
+        for batch in itertools.islice(source, 1):
+            return _Read(BATCH, batch, count(batch))
+        return _Read(OUT)
+    except Exception as error:
+        return _Read(FAILED, error=error)
+
+
+def _check(peers: _Peers, step: int, said: list[_Row], now: _Read) -> None:
+    """Raise, on every rank, if one failed or is elsewhere."""
+    places = {rank: (row.loop, row.step) for rank, row in enumerate(said)}
+    if len(set(places.values())) > 1:
+        where = ", ".join(f"rank {rank} step {at} of loop {loop}" for rank, (loop, at) in places.items())
+        raise CollectiveError(
+            f"ranks are in different steps of even_steps: {where}; expected all in the same: leave a loop in the same step on "
+            "every rank, and begin as many loops on each"
+        )
+    if all(row.state != FAILED for row in said):
+        return
+    errors = peers.gather(None if now.error is None else f"{type(now.error).__name__}: {now.error}")
+    if now.error is not None:
+        raise now.error
+    rank, error = next((rank, error) for rank, error in enumerate(errors) if error is not None)
+    raise CollectiveError(f"the loader of rank {rank} of {peers.size} raised for step {step} of even_steps: {error}")
+
+
+class _Offer(NamedTuple):
+    """What a rank tells the others of its first batch."""
+
+    problem: str | None  # why there is no template
+    leaves: list[str] | None  # the tensors of the template in words, None: not to be compared
+    template: bytes | None  # pickled, None: it cannot be
+
+
+def _agree(peers: _Peers, first: _Read, empty: Callable[[Any], Any] | None) -> Any:
+    """The empty batch of this rank, which takes another's if it has no batch; an error on all ranks if there is a problem."""
+    template, offer, error = None, None, None
+    if first.state == BATCH:
+        try:
+            template = (empty or emptied)(first.batch)
+            leaves = [f"{path}: {t.dtype}, {t.dim()} dimensions" for path, t in _tensors("batch", template)]
+            offer = _Offer(None, leaves if empty is None else None, _pickled(template))
+        except Exception as caught:
+            error = caught
+            offer = _Offer(f"{type(error).__name__}: {error}", None, None)
+    offers = {rank: offer for rank, offer in enumerate(peers.gather(offer)) if offer is not None}
+    if error is not None:
+        raise error
+    for rank, (problem, leaves, _) in offers.items():
+        if problem is not None:
+            raise CollectiveError(f"the first batch of rank {rank} of {peers.size} has no empty form: {problem}")
+        chosen, (_, expected, _) = next(iter(offers.items()))
+        if leaves != expected:
+            given = next((pair for pair in itertools.zip_longest(expected or [], leaves or []) if pair[0] != pair[1]), None)
+            raise ValueError(
+                f"given first batches of different structure: {given and given[0]} on rank {chosen} and {given and given[1]} "
+                f"on rank {rank}; expected the same containers, dtypes and numbers of dimensions on every rank"
+            )
+    pickled = next((offer.template for offer in offers.values() if offer.template is not None), None)
+    if len(offers) < peers.size and pickled is None:
+        raise TypeError(
+            "given batches that cannot be pickled for a rank that has none; expected what can, or the argument empty"
+        )
+    return pickle.loads(pickled) if offer is None and pickled is not None else template
+
+
+def _pickled(template: Any) -> bytes | None:
+    """The template on the CPU, as bytes; None if it cannot be."""
+    try:
+        return pickle.dumps(_map(template, Tensor.cpu))
+    except Exception:
+        return None
+
+
+def count_samples(batch: Any) -> int:
+    """The first dimension of the first tensor of `batch` that has one. ValueError if none has."""
+    for _, tensor in _tensors("batch", batch):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    raise ValueError(
+        f"given a batch of type {type(batch).__name__} without a tensor that has a dimension; "
+        "expected one whose first dimension counts the samples, or the argument count"
+    )
+
+
+def emptied(batch: Any) -> Any:
+    """`batch` without its samples: tensors (0, *shape[1:]), lists and tuples without a tensor empty, all else as it is."""
+    return _map(batch, lambda tensor: tensor.new_empty((0, *tensor.shape[1:])) if tensor.dim() else tensor, empty_lists=True)
+
+
+def _map(node: Any, change: Callable[[Tensor], Tensor], empty_lists: bool = False) -> Any:
+    """The tree with its tensors changed, in new containers."""
+    if isinstance(node, Tensor):
+        return change(node)
+    children = _children(node)
+    if children is None:
+        return node
+    if empty_lists and type(node) in (list, tuple) and not any(True for _ in _tensors("", node)):
+        return type(node)()
+    return _rebuilt(node, {key: _map(child, change, empty_lists) for key, child in children.items()})
+
+
+def _tensors(path: str, node: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tree with their paths, in order."""
+    if isinstance(node, Tensor):
+        yield path, node
+    for key, child in (_children(node) or {}).items():
+        yield from _tensors(f"{path}[{key!r}]", child)
+
+
+def _children(node: Any) -> dict[Any, Any] | None:
+    """What a container holds; None for a leaf. TypeError for one that hides tensors."""
+    if type(node) in (list, tuple) or (isinstance(node, tuple) and hasattr(node, "_fields")):
+        return dict(enumerate(node))
+    if isinstance(node, MutableMapping):
+        return dict(node)
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if field.init}
+    hidden = [*getattr(node, "__dict__", {}).values(), *(node if isinstance(node, (list, tuple)) else ())]
+    if not isinstance(node, Tensor) and any(isinstance(value, Tensor) for value in hidden):
+        raise TypeError(
+            f"given a batch with a {type(node).__name__} that holds tensors; expected tensors in lists, tuples, named tuples, "
+            "mappings and dataclasses, or the arguments count and empty"
+        )
+    return None
+
+
+def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
+    """A container of the kind of `node` that holds `children`."""
+    if type(node) in (list, tuple):
+        return type(node)(children.values())
+    if isinstance(node, tuple):
+        return type(node)._make(children.values())  # type: ignore[attr-defined]
+    if isinstance(node, MutableMapping):
+        new = copy.copy(node)
+        new.update(children)
+        return new
+    return dataclasses.replace(node, **children)
