@@ -278,9 +278,15 @@ def test_a_frozen_layers_forward_can_still_be_differentiated_afterwards():
     """Its buffers are saved for backward: they must not be written to, not even by their own values."""
     model = pair(nn.BatchNorm1d, nn.BatchNorm1d)
     model[1].eval()
-    with accumulate_statistics(model):
-        y = model(torch.randn(5, 3).double())
-    y.sum().backward()
+    x = torch.randn(5, 3).double()
+    gradients = []
+    for context in (contextlib.nullcontext(), accumulate_statistics(model)):
+        model.zero_grad()
+        with context:
+            y = model(x)
+        y.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_single_values_make_a_batch_and_none_makes_nothing():

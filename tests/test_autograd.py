@@ -55,7 +55,7 @@ def inputs(world, shares, seed=0, requires_grad=True):
     return [s.clone().requires_grad_(requires_grad) for s in x.split(sizes)]
 
 
-def near(got, want, name="", tolerance=1e-11):
+def assert_near(got, want, name="", tolerance=1e-11):
     """theory: double backward over uneven ranks equals autograd's to 1e-11 of the largest value."""
     assert got.shape == want.shape, name
     if want.numel():
@@ -144,10 +144,10 @@ def test_gradients_of_gradients_equal_the_single_process(world, shares):
     third = torch.autograd.grad(second[0].square().sum(), [x, *made.parameters()])
     results = worlds.run(world, _penalty, shares)
     for order, expected in enumerate((first, second, third)):
-        near(torch.cat([levels[order][0] for levels in results]), expected[0], f"order {order + 1}, x")
+        assert_near(torch.cat([levels[order][0] for levels in results]), expected[0], f"order {order + 1}, x")
         for number in (1, 2):
             total = sum(levels[order][number] for levels in results)
-            near(total, expected[number], f"order {order + 1}, parameter {number}", 1e-10)
+            assert_near(total, expected[number], f"order {order + 1}, parameter {number}", 1e-10)
 
 
 def _local_parameter_gradients(world):
@@ -172,9 +172,9 @@ def test_the_local_parameter_gradients_can_be_differentiated():
     value = sum(g.square().sum() for g in local[:world]) + sum(g.pow(3).sum() for g in local[world:])
     expected = torch.autograd.grad(value, xs)
     for rank, (dweight, dbias, dx) in enumerate(worlds.run(world, _local_parameter_gradients)):
-        near(dweight, local[rank], "dweight")
-        near(dbias, local[world + rank], "dbias")
-        near(dx, expected[rank], "dx")
+        assert_near(dweight, local[rank], "dweight")
+        assert_near(dbias, local[world + rank], "dbias")
+        assert_near(dx, expected[rank], "dx")
 
 
 def _counted(world, shares):
@@ -242,7 +242,7 @@ def test_training_with_a_gradient_penalty_equals_the_single_process(world):
     expected = train_critic(critic(), lambda step: torch.cat(inputs(world, "unequal", step, False)))
     for state in worlds.run(world, _critic):
         for name, value in expected.items():
-            near(state[name].double(), value.double(), name, 1e-9)
+            assert_near(state[name].double(), value.double(), name, 1e-9)
 
 
 def _cube(made, z):
@@ -265,7 +265,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_in_training_in_one_process(name):
     x, t = (torch.randn(3, C, 2, 1, dtype=torch.float64) for _ in range(2))
-    near(TRANSFORMS[name](forced(), x, t), TRANSFORMS[name](layer(), x, t), name)
+    assert_near(TRANSFORMS[name](forced(), x, t), TRANSFORMS[name](layer(), x, t), name)
 
 
 def _transforms(world, name):
@@ -280,7 +280,7 @@ def test_transforms_over_processes_equal_the_whole_batch(world, name):
     x, t = (torch.cat(inputs(world, "unequal", seed, False)) for seed in (0, 1))
     expected = TRANSFORMS[name](layer(), x, t)
     results = worlds.run(world, _transforms, name)
-    near(sum(results) if name == "grad of parameters" else torch.cat(results), expected, name)
+    assert_near(sum(results) if name == "grad of parameters" else torch.cat(results), expected, name)
 
 
 def _jacobians(world, name):
@@ -299,7 +299,7 @@ def test_forward_jacobians_over_processes():
     expected = jacrev(layer())(whole)
     for rank, (result, sizes) in enumerate(results):
         blocks = [expected[rank : rank + 1, :, :, :, other : other + 1] for other in range(world)]
-        near(result, sum(blocks), f"rank {rank}")
+        assert_near(result, sum(blocks), f"rank {rank}")
         assert sizes == [2 * C + 1, count * (2 * C + 1)], "one batched collective for all tangents"
 
 
@@ -309,7 +309,7 @@ def test_forward_mode_does_not_drop_the_tangent():
         mine = forward_ad.unpack_dual(made(forward_ad.make_dual(x, t))).tangent
         theirs = forward_ad.unpack_dual(layer()(forward_ad.make_dual(x, t))).tangent
     assert mine.abs().max() > 0.1
-    near(mine, theirs)
+    assert_near(mine, theirs)
 
 
 def test_forward_mode_leaves_no_tangent_in_the_buffers():
@@ -319,8 +319,8 @@ def test_forward_mode_leaves_no_tangent_in_the_buffers():
         made(forward_ad.make_dual(x, x))
         assert forward_ad.unpack_dual(made.running_mean).tangent is None
     theirs(x)
-    near(made.running_mean, theirs.running_mean)
-    near(made.running_var, theirs.running_var)
+    assert_near(made.running_mean, theirs.running_mean)
+    assert_near(made.running_var, theirs.running_var)
 
 
 @pytest.mark.parametrize("transform", [lambda f, x: grad(lambda z: f(z).sum())(x), lambda f, x: jvp(f, (x,), (x,))])
@@ -345,15 +345,15 @@ def test_buffers_given_to_the_transform_are_changed_there():
     ]
     for mine, expected in zip(*results, strict=True):
         for name, value in expected.items():
-            near(mine[name].double(), value.double(), name)
+            assert_near(mine[name].double(), value.double(), name)
 
 
 def test_vmap_over_the_layer():
     x = torch.randn(4, 3, C, 2, 2, dtype=torch.float64)
-    near(vmap(forced().eval())(x), vmap(layer().eval())(x), "eval without running statistics")
+    assert_near(vmap(forced().eval())(x), vmap(layer().eval())(x), "eval without running statistics")
     made = forced(track_running_stats=True).eval()
-    near(vmap(made)(x), torch.stack([made(part) for part in x]), "eval")
-    near(vmap(forced())(x), torch.stack([layer()(part) for part in x]), "training, each its own batch")
+    assert_near(vmap(made)(x), torch.stack([made(part) for part in x]), "eval")
+    assert_near(vmap(forced())(x), torch.stack([layer()(part) for part in x]), "training, each its own batch")
     with pytest.raises(ValueError, match=r"batched by vmap and running statistics .* expected eval mode, or"):
         vmap(forced(track_running_stats=True))(x)
 
@@ -368,7 +368,7 @@ def test_vmap_over_processes_is_one_collective_for_all_batches():
     whole = [torch.cat(inputs(2, "unequal", seed, False)) for seed in range(3)]
     expected = [layer()(x).split(SHARES["unequal"][:2]) for x in whole]
     for rank, (y, sizes) in enumerate(worlds.run(2, _vmapped)):
-        near(y, torch.stack([parts[rank] for parts in expected]).detach())
+        assert_near(y, torch.stack([parts[rank] for parts in expected]).detach())
         assert sizes == [3 * (2 * C + 1)]
 
 
@@ -395,4 +395,4 @@ def test_double_backward_in_mixed_dtypes(dtype, param_dtype):
         grads.append(torch.autograd.grad(loss, [leaf, module.weight]))
     for mine, expected, own in zip(*grads, (dtype, param_dtype or dtype), strict=True):
         assert mine.dtype == own
-        near(mine.double(), expected, tolerance=64 * torch.finfo(torch.bfloat16 if param_dtype else dtype).eps)
+        assert_near(mine.double(), expected, tolerance=64 * torch.finfo(torch.bfloat16 if param_dtype else dtype).eps)

@@ -84,7 +84,7 @@ def train(net, take, forwards=1, accumulate=False, reduce=None, steps=3):
     return {k: v.detach().clone() for k, v in net.state_dict().items()}
 
 
-def same(got, expected):
+def assert_same(got, expected):
     assert list(got) == list(expected)
     for name, value in expected.items():
         off = (got[name].double() - value.double()).abs().max().item()
@@ -120,7 +120,7 @@ def expected(cls, world, forwards, accumulate):
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_move_once_and_results_are_those_without(world, kind):
     for state in worlds.run(world, _trained, Net, kind, 1, False, False):
-        same(state, expected(Net, world, 1, False))
+        assert_same(state, expected(Net, world, 1, False))
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
@@ -128,20 +128,20 @@ def test_statistics_move_once_and_results_are_those_without(world, kind):
 def test_several_forwards_and_accumulation(kind, forwards, accumulate, ddp):
     """Two forwards before a backward, or a backward for each."""
     for state in worlds.run(2, _trained, Net, kind, forwards, accumulate, ddp):
-        same(state, expected(Net, 2, forwards, accumulate))
+        assert_same(state, expected(Net, 2, forwards, accumulate))
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_nested_checkpoints(kind):
     for state in worlds.run(2, _trained, Nested, kind, 1, False, False):
-        same(state, expected(Nested, 2, 1, False))
+        assert_same(state, expected(Nested, 2, 1, False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_alone_statistics_move_once_too(kind):
     """Where the layer is torch's own."""
     net = syncbn.convert(Net(kind).double())
-    same(train(net, lambda step: torch.cat(batch(step, 2)).requires_grad_()), expected(Net, 2, 1, False))
+    assert_same(train(net, lambda step: torch.cat(batch(step, 2)).requires_grad_()), expected(Net, 2, 1, False))
 
 
 def _counted(world, cls, kind, early_stop):

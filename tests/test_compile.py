@@ -67,7 +67,7 @@ def step(module, x):
     return {k.replace("_orig_mod.", "").replace("module.", ""): v.detach().clone() for k, v in named.items()}
 
 
-def same(got, expected, tolerance=3e-5):
+def assert_same(got, expected, tolerance=3e-5):
     """float32 through two layers, fused and not: relative to the largest value of each tensor, or of any gradient."""
     assert list(got) == list(expected)
     largest = max(v.abs().max().item() for k, v in expected.items() if k.startswith("d"))
@@ -95,7 +95,7 @@ def _compiled(world, name, wrap):
 def test_training_compiled_equals_eager(name, wrap):
     for pairs, collectives, graphs in worlds.run(2, _compiled, name, wrap, timeout=TIMEOUT):
         for compiled, eager in pairs:
-            same(compiled, eager)
+            assert_same(compiled, eager)
         assert set(collectives) == {2}, "one for each layer, in each graph, forward and backward"
         assert len(collectives) == 2 * graphs
         assert graphs <= 2, "one for the first size, one for all others"
@@ -131,8 +131,8 @@ def _checkpointed(world, kept):
 def test_checkpointing_inside_a_compiled_model(kept, backward):
     """Statistics move once, values are right; the policy in `checkpoint_context`'s docstring keeps the collective."""
     for (compiled, eager, plain), collectives in worlds.run(2, _checkpointed, kept, timeout=TIMEOUT):
-        same(compiled, plain)
-        same(eager, plain)
+        assert_same(compiled, plain)
+        assert_same(eager, plain)
         assert collectives == [1, backward]
 
 
@@ -148,7 +148,7 @@ def test_compiled_classes_that_do_not_normalize_once_are_named():
 def test_alone_a_compiled_layer_is_torchs():
     torch._dynamo.reset()
     module = syncbn.convert(model("layers"))
-    same(step(torch.compile(module, fullgraph=True), batch(0, 0)), step(model("layers"), batch(0, 0)))
+    assert_same(step(torch.compile(module, fullgraph=True), batch(0, 0)), step(model("layers"), batch(0, 0)))
 
 
 def test_double_backward_of_compiled_code_is_torchs_error():

@@ -22,7 +22,7 @@ def batch(shape, seed=0):
     return normal(shape) * 2 + 1, normal(shape), normal(shape[1]), normal(shape[1])
 
 
-def near(a, b, tolerance=1e-12):
+def assert_near(a, b, tolerance=1e-12):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -48,7 +48,7 @@ def test_the_collapsed_backward_is_the_papers_six_derivatives_and_autograds(shap
     own = torch.autograd.grad(y, leaves, dy)
     expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.1, eps)
     torchs = torch.autograd.grad(expected, leaves, dy)
-    near(y, expected)
+    assert_near(y, expected)
     stats = equations.Statistics(*(t.detach() for t in stats))
     message = equations.gradient_sums(dy, x.detach(), stats.mean)
     written = equations.input_gradient(dy, x.detach(), stats, weight.detach(), eps, message)
@@ -79,10 +79,10 @@ def test_five_ranks_of_very_different_sizes_are_one_batch():
     (dx,) = torch.autograd.grad(whole, x, dy)
     shares, dys = split(x.detach(), sizes), split(dy, sizes)
     stats = equations.statistics(merged(shares))
-    near(torch.cat([equations.normalize(s, stats, weight, bias, 1e-5) for s in shares]), whole.detach())
+    assert_near(torch.cat([equations.normalize(s, stats, weight, bias, 1e-5) for s in shares]), whole.detach())
     total = sum(equations.gradient_sums(g, s, stats.mean) for g, s in zip(dys, shares, strict=True))
     parts = [equations.input_gradient(g, s, stats, weight, 1e-5, total) for g, s in zip(dys, shares, strict=True)]
-    near(torch.cat(parts), dx)
+    assert_near(torch.cat(parts), dx)
 
 
 sizes_strategy = st.lists(st.integers(0, 6), min_size=1, max_size=6)
@@ -100,13 +100,13 @@ def test_merging_is_commutative_associative_and_blind_to_the_split(sizes, seed, 
     halves = [merged(part) for part in (shares[:cut], shares[cut:]) if part]
     whole = equations.moments(x)
     for other in (merged(shuffled), functools.reduce(torch.add, halves), whole):
-        near(other, message)
+        assert_near(other, message)
     stats = equations.statistics(message)
     n = sum(sizes) * 3
     assert stats.count.item() == n
     if n:
-        near(stats.mean, x.mean([0, 2]))
-        near(stats.var, x.var([0, 2], correction=0))
+        assert_near(stats.mean, x.mean([0, 2]))
+        assert_near(stats.var, x.var([0, 2], correction=0))
     else:
         assert stats.mean.tolist() == stats.var.tolist() == [0.0, 0.0]
 
@@ -124,7 +124,7 @@ def test_shift_and_scale_of_the_input_change_nothing_but_the_sign(scale, shift, 
         return equations.normalize(value, equations.statistics(equations.moments(value)), None, None, eps)
 
     expected = normalized(x, 1e-3) * (1 if scale > 0 else -1)
-    near(normalized(x * scale + shift, 1e-3 * scale**2), expected, 1e-14 * (1 + (100 / scale) ** 2) + 1e-12)
+    assert_near(normalized(x * scale + shift, 1e-3 * scale**2), expected, 1e-14 * (1 + (100 / scale) ** 2) + 1e-12)
 
 
 def test_counts_are_exact_past_the_integers_of_float32():

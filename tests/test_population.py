@@ -347,6 +347,8 @@ def test_nothing_to_update_takes_no_batch():
     frozen = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3, track_running_stats=False))
     update_bn_stats(frozen, unread(), progress=False)
     update_bn_stats(nn.Linear(2, 3), unread(), progress=False)
+    assert frozen[1].running_mean.tolist() == [0.0] * 3
+    assert frozen[1].num_batches_tracked == 0
 
 
 def _collectives(world, wrapped):
