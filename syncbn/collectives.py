@@ -145,6 +145,10 @@ def _group_of_size(size: int) -> ProcessGroup | None:
     return groups[size]
 
 
+# As torch.compiler.assume_constant_result, without importing the compiler: a trace takes the group as it is.
+_group_of_size._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def timeout(group: ProcessGroup) -> datetime.timedelta:
     """How long the group's collectives wait for a peer; new groups do not inherit it by themselves."""
     return group._get_backend(group._device_types[0]).options._timeout
@@ -276,12 +280,12 @@ def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer,
 
 
 def traced_all_reduce(message: Tensor, call: Call) -> Tensor:
-    """As `all_reduce`, for code that is compiled: into a new tensor, by an operator that stays in the graph, unobserved."""
+    """As `all_reduce`, for compiled code: a new tensor, by an operator that stays in the graph, unobserved."""
     return message.clone() if call.group is None else functional.all_reduce(message, "sum", call.group)
 
 
 def post(message: Tensor, group: ProcessGroup) -> Any:
-    """Start the all_reduce of a message over a group, in place; the work returned has a wait()."""
+    """Start the all_reduce of a message, in place; the work returned has a wait()."""
     return dist.all_reduce(message, group=group, async_op=True)
 
 

@@ -14,6 +14,7 @@ import torch._inductor.config
 import worlds
 from test_subclass import Activated, ByHand, Scaled, Twice
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -99,6 +100,29 @@ def test_training_compiled_equals_eager(name, wrap):
         assert set(collectives) == {2}, "one for each layer, in each graph, forward and backward"
         assert len(collectives) == 2 * graphs
         assert graphs <= 2, "one for the first size, one for all others"
+
+
+def _grouped(world, kind):
+    """Compiled before any eager forward: the groups of a size are made while tracing."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    if kind == "mesh":
+        syncbn.convert(module, init_device_mesh("cpu", (world.size,)))
+    else:
+        syncbn.convert(module, group_size={"all ranks": None, "size": 2}[kind])
+    eager = copy.deepcopy(module)
+    x = torch.randn(3 + world.rank, 3, generator=torch.Generator().manual_seed(world.rank)) + world.rank
+    return [step(m, x) for m in (torch.compile(module, fullgraph=True), eager)]
+
+
+@pytest.mark.parametrize("kind", ["all ranks", "size", "mesh"])
+def test_groups_of_every_kind_compile(kind):
+    results = worlds.run(4, _grouped, kind, timeout=TIMEOUT)
+    for compiled, eager in results:
+        assert_same(compiled, eager)
+    apart = (results[0][0]["1.running_mean"] - results[3][0]["1.running_mean"]).abs().max().item()
+    assert (apart > 1e-3) == (kind == "size")
 
 
 class Checkpointed(nn.Module):
