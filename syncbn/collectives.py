@@ -22,10 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 ProcessGroup = dist.ProcessGroup
 GroupLike = ProcessGroup | DeviceMesh | None
-
 # What torch.distributed.new_group returns to a rank that is not in the new group.
 OUTSIDE = dist.GroupMember.NON_GROUP_MEMBER
-
 # Each default group's groups by size; they go when it does.
 _groups_by_size: weakref.WeakKeyDictionary[ProcessGroup, dict[int, ProcessGroup]] = weakref.WeakKeyDictionary()
 
@@ -96,13 +94,12 @@ class Group:
         return 1 if group is None else group.size()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Group) and (self.process_group, self.group_size) == (
-            other.process_group,
-            other.group_size,
-        )
+        if not isinstance(other, Group):
+            return False
+        return self.group_size == other.group_size and self.process_group == other.process_group
 
     def __hash__(self) -> int:
-        return hash((id(self.process_group), self.group_size))
+        return hash(self.group_size)
 
     def __repr__(self) -> str:
         if self.group_size is not None:

@@ -151,13 +151,18 @@ def _checkpointed(world, kept):
     return [{k.replace("block.", ""): v for k, v in r.items()} for r in results], graphs.collectives
 
 
-@pytest.mark.parametrize(("kept", "backward"), [(False, 2), (True, 1)])
-def test_checkpointing_inside_a_compiled_model(kept, backward):
-    """Statistics move once, values are right; the policy in `checkpoint_context`'s docstring keeps the collective."""
+@pytest.mark.parametrize(("kept", "most"), [(False, 2), (True, 1)])
+def test_checkpointing_inside_a_compiled_model(kept, most):
+    """Statistics move once, values are right; the policy in `checkpoint_context`'s docstring keeps the collective.
+
+    Without it the compiler may repeat the collective: torch 2.13 does, 2.11 does not.
+    """
     for (compiled, eager, plain), collectives in worlds.run(2, _checkpointed, kept, timeout=TIMEOUT):
         assert_same(compiled, plain)
         assert_same(eager, plain)
-        assert collectives == [1, backward]
+        forward, backward = collectives
+        assert forward == 1
+        assert 1 <= backward <= most
 
 
 def test_compiled_classes_that_do_not_normalize_once_are_named():
