@@ -86,6 +86,9 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
     """
     watch = None if torch.compiler.is_compiling() else _Watch()
     if mask is not None:
+        if torch.is_grad_enabled() and not x.requires_grad and not wanted():
+            # The backward's all_reduce is issued, needed here or not, as the kernels do: another rank may have no mask.
+            x = x.detach().requires_grad_(any(p is not None and p.requires_grad for p in affine[:2]))
         x = torch.where(mask, x, 0)
     stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
     if running is not None and (watch is None or not watch.hold):

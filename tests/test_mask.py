@@ -106,6 +106,26 @@ def test_precision_where_the_mean_is_far_from_zero():
     check([on_a_rank(0, layer, torch.float32, 0.0, False, ratio=1e4)], torch.float32, ratio=1e4)
 
 
+def _mask_on_one_rank(world):
+    """Input without gradient, as a first layer has it; rank 1 has nothing to mask and gives no mask."""
+    layer = layer_for(torch.float64, world.group)
+    x = torch.arange(4.0 * C, dtype=torch.float64).sin().reshape(4, C) + world.rank
+    mask = (torch.tensor([True, True, False, True]),) if world.rank == 0 else ()
+    with CollectivesSeen() as log:
+        layer(x, *mask).square().sum().backward()
+    return layer.weight.grad, [count for _, _, count in log.seen]
+
+
+def test_ranks_with_and_without_a_mask_issue_the_same_collectives():
+    x = torch.arange(4.0 * C, dtype=torch.float64).sin().reshape(4, C)
+    shares, layer = [x[[0, 1, 3]], x + 1], layer_for(torch.float64)
+    forward = oracle.batch_norm(shares, shares, layer.weight, layer.bias)
+    expected = oracle.batch_norm(shares, [2 * y for y in forward.y], layer.weight, layer.bias)
+    for rank, (dweight, sizes) in enumerate(worlds.run(2, _mask_on_one_rank)):
+        tolerance.check("dweight", dweight, expected.dweight[rank], scale=50.0)
+        assert sizes == [2 * C + 1, 2 * C]
+
+
 def _all_invalid(world):
     layer = layer_for(torch.float32, world.group)
     x = torch.full((2, C, 3), float("nan"), requires_grad=True)
