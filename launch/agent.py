@@ -2,8 +2,7 @@
 
     python launch/agent.py --nproc-per-node 2 launch/train.py           options: those of torchrun
 
-A store has no authentication, and who reaches it can run code in the job. Given no endpoint, a job is this machine's own
-and its store listens on loopback.
+A store has no authentication: who reaches it is in the job. Given no endpoint, it listens on loopback.
 """
 
 import socket

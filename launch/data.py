@@ -86,21 +86,29 @@ def shuffled(numbers: Numbers, seed: int, epoch: int) -> Numbers:
     return np.random.default_rng([seed, epoch]).permutation(numbers)
 
 
-def batches(
-    data: Images,
-    numbers: Numbers,  # in order
-    size: int,  # of a batch of all ranks
-    rank: int,
-    world_size: int,
-    first: int = 0,  # the batch to begin with
-    workers: int = 0,  # processes that read ahead
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+class Batches:
     """This rank's share of each batch, (n, C, H, W) and (n,), and how many samples all ranks have together."""
-    whole = [numbers[start : start + size] for start in range(first * size, len(numbers), size)]
-    shares = [np.array_split(batch, world_size)[rank].tolist() for batch in whole]
-    collate = functools.partial(_stack, data.shape)
-    loader = DataLoader(data, batch_sampler=shares, collate_fn=collate, num_workers=workers)
-    return ((x, labels, len(batch)) for (x, labels), batch in zip(loader, whole, strict=True))
+
+    def __init__(
+        self,
+        images: Images,
+        numbers: Numbers,  # in order
+        size: int,  # of a batch of all ranks
+        rank: int,
+        world_size: int,
+        first: int = 0,  # the batch to begin with
+        workers: int = 0,  # processes that read ahead
+    ) -> None:
+        self.whole = [numbers[start : start + size] for start in range(first * size, len(numbers), size)]
+        shares = [np.array_split(batch, world_size)[rank].tolist() for batch in self.whole]
+        collate = functools.partial(_stack, images.shape)
+        self.loader = DataLoader(images, batch_sampler=shares, collate_fn=collate, num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        return ((x, labels, len(batch)) for (x, labels), batch in zip(self.loader, self.whole, strict=True))
 
 
 def _stack(shape: tuple[int, ...], samples: list[Sample]) -> tuple[Tensor, Tensor]:

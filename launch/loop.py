@@ -5,7 +5,7 @@ Collectives stand where every rank comes, however its share of the data looks: a
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import data
@@ -98,10 +98,10 @@ def accuracy(job: Job) -> float:
     return _sum(right).item() / len(numbers)
 
 
-def shares(job: Job, numbers: data.Numbers, first: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def shares(job: Job, numbers: data.Numbers, first: int) -> data.Batches:
     """This rank's shares of the batches from the first on, with the samples of all ranks."""
     rank, world_size, _ = job.place
-    return data.batches(job.images, numbers, job.options.batch_size, rank, world_size, first, job.options.workers)
+    return data.Batches(job.images, numbers, job.options.batch_size, rank, world_size, first, job.options.workers)
 
 
 def _sum(value: Tensor) -> Tensor:
