@@ -424,23 +424,22 @@ def test_a_rank_that_never_comes_is_an_error_in_time():
 PROGRAM = """
 import os, sys, torch
 if os.environ["RANK"] == "1":
-    torch.__version__ = os.environ["SAID"] or torch.__version__
+    torch.__version__ = "9.9"
 from syncbn.__main__ import main
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("said", ["", "9.9"])
-def test_under_torchrun(tmp_path, said):
+def test_the_exit_status_under_torchrun(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    done = command(*launcher, "doctor", "--repeats=2", "--steps=2", f"--model={MODULE}:small", env={"SAID": said})
-    assert done.returncode == (1 if said else 0), done.stderr
+    done = command(*launcher, "doctor", "--repeats=2", "--steps=2", f"--model={MODULE}:small")
+    assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert lines[0] == "2 ranks"
-    assert lines[-1] == ("1 finding to see to, marked BAD" if said else "everything holds")
-    assert len(bad(lines)) == bool(said)
+    assert lines[-1] == "1 finding to see to, marked BAD"
+    assert re.fullmatch(r"torch differs between ranks, \S+ on rank 0; 9.9 on rank 1: install .*", bad(lines)[0])
 
 
 def test_ranks_are_named_in_spans():
