@@ -134,16 +134,16 @@ BROKEN = {
 }
 
 
-def _examined(world, breakage: str, ranks: tuple[int, ...], *arguments: str) -> tuple[int, str]:
+def _examined(world, breakage: str, ranks: tuple[int, ...], sizes: tuple[int, ...], *arguments: str) -> tuple[int, str]:
     """The exit status and what was printed, with something broken on some ranks."""
     broken = BROKEN[breakage]() if world.rank in ranks else contextlib.nullcontext()
-    with broken, contextlib.redirect_stdout(io.StringIO()) as printed:
+    with broken, mock.patch.object(latency, "SIZES", sizes), contextlib.redirect_stdout(io.StringIO()) as printed:
         return run.examine(options(*arguments), CPU), printed.getvalue()
 
 
-def examined(breakage: str, ranks: tuple[int, ...] = (2,), *arguments: str) -> tuple[int, list[str]]:
+def examined(breakage: str, ranks: tuple[int, ...] = (2,), *arguments: str, sizes=(64,)) -> tuple[int, list[str]]:
     """The exit status, the same on all four ranks, and the lines that rank 0 printed."""
-    results = worlds.run(4, _examined, breakage, ranks, *arguments)
+    results = worlds.run(4, _examined, breakage, ranks, sizes, *arguments)
     assert [printed for _, printed in results[1:]] == [""] * 3
     (status,) = {status for status, _ in results}
     return status, results[0][1].splitlines()
@@ -154,7 +154,7 @@ def bad(lines: list[str]) -> list[str]:
 
 
 def test_four_ranks_hold():
-    status, lines = examined("nothing", (), f"--model={MODULE}:small")
+    status, lines = examined("nothing", (), f"--model={MODULE}:small", sizes=latency.SIZES)
     assert status == 0
     assert bad(lines) == []
     assert len([line for line in lines if line.startswith("ok   ")]) == 1 + 4 + 1 + 1 + 1

@@ -89,16 +89,6 @@ def whole(tmp_path_factory) -> dict:
     return read(path)
 
 
-def test_one_node(tmp_path, whole):
-    path = tmp_path / "run.pt"
-    printed = start(LAUNCH / "one_node.sh", *OPTIONS, "--checkpoint", path)
-    assert apart(read(path), whole) < NEAR
-    epoch, accuracy = re.fullmatch(r"epoch 1: loss (\d\.\d{4})\naccuracy on held-out images: (\d\.\d{3})\n", printed).groups()
-    assert float(epoch) == pytest.approx(whole["progress"][1][0], abs=1e-4)
-    assert float(accuracy) > 0.5
-    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
-
-
 class _Terminal:
     """A standard error that says it is a terminal."""
 
@@ -185,12 +175,18 @@ train.main()
 """
 
 
-def test_a_run_whose_worker_is_killed_ends_as_one_without_interruption_to_the_bit(interrupted, tmp_path):
+def test_one_node_whose_worker_is_killed_ends_as_a_run_without_interruption_to_the_bit(interrupted, tmp_path, whole):
     """Each attempt has a store of its own: in one of torch's for all, it may try to reach those that are dead."""
     program, path = tmp_path / "program.py", tmp_path / "run.pt"
     program.write_text(KILLED.format(launch=str(LAUNCH), directory=str(tmp_path)))
-    start(LAUNCH / "one_node.sh", *OPTIONS, "--checkpoint", path, "--timeout=20", PROGRAM=str(program), RESTARTS="1")
+    restarts = {"PROGRAM": str(program), "RESTARTS": "1"}
+    printed = start(LAUNCH / "one_node.sh", *OPTIONS, "--checkpoint", path, "--timeout=20", **restarts)
     assert same_bits(read(path), read(interrupted[0] / "straight.pt"))
+    assert apart(read(path), whole) < NEAR
+    epoch, accuracy = re.fullmatch(r"epoch 1: loss (\d\.\d{4})\naccuracy on held-out images: (\d\.\d{3})\n", printed).groups()
+    assert float(epoch) == pytest.approx(whole["progress"][1][0], abs=1e-4)
+    assert float(accuracy) > 0.5
+    assert not (tmp_path / "run.pt.part").exists()
     ports = [[(tmp_path / f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(2)]
     assert all(len(set(of)) == 1 for of in ports)
     assert len({of[0] for of in ports}) == 2
