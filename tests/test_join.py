@@ -10,7 +10,7 @@ import worlds
 from test_ddp import network
 from test_steps import LOADERS, assert_same_state, one_process, share, whole
 from torch import nn
-from torch.distributed.algorithms.join import Join
+from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
@@ -244,3 +244,5 @@ def test_the_private_torch_names_in_use_are_there():
     assert hasattr(dist.Reducer, "_set_forward_pass_work_handle")
     assert callable(dist.distributed_c10d._get_default_store)
     assert callable(dist.ProcessGroupGloo)
+    assert "_divide_by_initial_world_size" in DistributedDataParallel._pre_forward.__code__.co_names
+    assert "_join_config" in Joinable.__init__.__code__.co_names
