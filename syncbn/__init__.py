@@ -9,6 +9,7 @@ from .fold import fold
 from .function import sync_batch_norm
 from .join import SyncBatchNormJoin
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from .monitor import monitor
 from .population import pool_running_stats, update_bn_stats
 from .steps import even_steps
 
@@ -25,6 +26,7 @@ __all__ = [
     "convert",
     "even_steps",
     "fold",
+    "monitor",
     "pool_running_stats",
     "revert",
     "sync_batch_norm",

@@ -57,7 +57,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = grad.shape[-1] - ctx.constants
-        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward"), ctx.watch)
+        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward", sums=False), ctx.watch)
         return torch.cat([reduced, torch.zeros_like(grad[..., kept:])], -1), None, None, None
 
 
@@ -66,7 +66,7 @@ class _EagerAllReduce(_AllReduce):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return all_reduce(tangent, ctx.call, ctx.watch)
+        return all_reduce(tangent, ctx.call._replace(sums=False), ctx.watch)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], message: Tensor, constants: int, call: Call, watch: _Watch) -> Any:

@@ -138,6 +138,7 @@ def test_public_names():
         "convert",
         "even_steps",
         "fold",
+        "monitor",
         "pool_running_stats",
         "revert",
         "sync_batch_norm",

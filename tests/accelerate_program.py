@@ -1,0 +1,109 @@
+"""What test_accelerate.py starts by `accelerate launch`: trains in each way, and writes what every rank found.
+
+    accelerate launch ... accelerate_program.py DIRECTORY
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import syncbn
+
+BATCH, STEPS, CLASSES = 6, 4, 3  # samples of a rank in a step
+# Samples of each rank in each micro-batch of a step.
+MICRO = [(3, 1), (0, 4), (2, 2)]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(1), nn.Linear(64, CLASSES), nn.BatchNorm1d(CLASSES)
+    ).double()
+
+
+def data(samples: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 2, 6, 6, generator=generator).double() * 2 + torch.arange(samples).view(-1, 1, 1, 1) / 10
+    return x, torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def plain(directory: Path) -> dict:
+    """A training as a user has it, saved after half of its steps, loaded into fresh objects, and ended there."""
+    accelerator = Accelerator()
+    found = {"processes": accelerator.num_processes, "losses": []}
+
+    def prepared():
+        model = syncbn.convert(network())
+        loader = DataLoader(TensorDataset(*data(2 * BATCH * STEPS)), batch_size=BATCH)
+        return accelerator.prepare(model, optimizer_of(model), loader)
+
+    model, optimizer, loader = prepared()
+    for step, (x, target) in enumerate(loader):
+        if step == STEPS // 2:
+            accelerator.save_state(str(directory / "state"))
+            accelerator._models.clear()
+            accelerator._optimizers.clear()
+            model, optimizer, _ = prepared()
+            accelerator.load_state(str(directory / "state"))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        accelerator.backward(loss)
+        optimizer.step()
+        found["losses"].append(accelerator.gather(loss.detach()).mean().item())
+    unwrapped = accelerator.unwrap_model(model)
+    found["wrapper"], found["converted"] = type(model).__name__, type(unwrapped[1]).__name__
+    syncbn.revert(unwrapped)
+    return found | {"classes": [type(layer).__name__ for layer in unwrapped], "state": unwrapped.state_dict()}
+
+
+def accumulated(directory: Path) -> dict:
+    """Micro-batches of unequal shares under `accumulate`; the running statistics move once a step."""
+    accelerator = Accelerator(gradient_accumulation_steps=len(MICRO))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    model = syncbn.convert(network())
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    samples, synchronized = sum(map(sum, MICRO)), []
+    for step in range(STEPS):
+        with syncbn.accumulate_statistics(model):
+            for part, sizes in enumerate(MICRO):
+                x, target = (t.split(sizes)[rank] for t in data(sum(sizes), 10 * step + part))
+                with accelerator.accumulate(model):
+                    loss = F.cross_entropy(model(x), target, reduction="sum") * world / samples
+                    accelerator.backward(loss * len(MICRO))  # which divides by the number of micro-batches
+                    optimizer.step()
+                    optimizer.zero_grad()
+                synchronized.append(accelerator.sync_gradients)
+    return {"state": accelerator.unwrap_model(model).state_dict(), "synchronized": synchronized}
+
+
+def uneven(directory: Path) -> dict:
+    """join_uneven_inputs on a CPU: a warning, and nothing else."""
+    accelerator = Accelerator()
+    model = accelerator.prepare(syncbn.convert(network()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with accelerator.join_uneven_inputs([syncbn.SyncBatchNormJoin(model), model]):
+            model(data(BATCH)[0])
+    return {"warnings": [str(warning.message) for warning in caught]}
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    found = {case.__name__: case(directory) for case in (plain, accumulated, uneven)}
+    torch.save(found, directory / f"rank{Accelerator().process_index}.pt")
+    Accelerator().end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""accelerate: `syncbn.convert(model)` before `prepare`, in processes that `accelerate launch` starts, against one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("accelerate")
+
+import accelerate_program as program
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+
+import syncbn
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two ranks found, by case."""
+    directory = tmp_path_factory.mktemp("accelerate")
+    # ACCELERATE_USE_CPU with --multi_gpu is two processes; --cpu alone is one.
+    options = ["--multi_gpu", "--num_processes", str(WORLD), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, program.__file__, str(directory)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env=os.environ
+        | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(directory)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def assert_same_state(got, expected):
+    """Rounding alone, 1e-16 grown over four steps."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        off = (got[name].double() - value.double()).abs().max().item()
+        assert off <= 1e-12 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
+
+
+def test_training_saved_and_loaded_equals_one_process_on_the_whole_batch(found):
+    model = program.network()
+    optimizer = program.optimizer_of(model)
+    xs, targets = program.data(WORLD * program.BATCH * program.STEPS)
+    losses = []
+    for x, target in zip(xs.split(WORLD * program.BATCH), targets.split(WORLD * program.BATCH), strict=True):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    for result in (rank["plain"] for rank in found):
+        assert result["processes"] == WORLD, "really two"
+        assert (result["wrapper"], result["converted"]) == ("DistributedDataParallel", "SyncBatchNorm2d")
+        assert result["classes"] == [type(layer).__name__ for layer in model]
+        assert result["losses"] == pytest.approx(losses, rel=1e-12)
+        assert_same_state(result["state"], model.state_dict())
+
+
+def test_accumulate_with_statistics_of_all_micro_batches(found):
+    model = program.network()
+    optimizer = program.optimizer_of(model)
+    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)}
+    running = {name: (torch.zeros(n.num_features).double(), torch.ones(n.num_features).double()) for name, n in norms.items()}
+    seen = {name: [] for name in norms}
+    for name, layer in norms.items():
+        layer.register_forward_hook(lambda _, args, y, name=name: seen[name].append(args[0].detach().transpose(0, 1).flatten(1)))
+    samples = sum(map(sum, program.MICRO))
+    for step in range(program.STEPS):
+        optimizer.zero_grad()
+        for part, sizes in enumerate(program.MICRO):
+            x, target = program.data(sum(sizes), 10 * step + part)
+            (F.cross_entropy(model(x), target, reduction="sum") / samples).backward()
+        optimizer.step()
+        for name in norms:
+            values = torch.cat(seen[name], 1)
+            mean, var = running[name]
+            running[name] = mean.lerp(values.mean(1), 0.1), var.lerp(values.var(1), 0.1)
+            seen[name].clear()
+    expected = model.state_dict()
+    for name, (mean, var) in running.items():
+        counted = torch.tensor(program.STEPS)
+        expected |= {f"{name}.running_mean": mean, f"{name}.running_var": var, f"{name}.num_batches_tracked": counted}
+    for result in (rank["accumulated"] for rank in found):
+        assert result["synchronized"] == [False, False, True] * program.STEPS, "two of three under no_sync"
+        assert_same_state(result["state"], expected)
+
+
+def test_join_uneven_inputs_serves_gpus_only_and_says_so(found):
+    for result in (rank["uneven"] for rank in found):
+        assert any("Joining uneven inputs is only supported for" in text for text in result["warnings"]), result
+
+
+def test_offload_hooks_come_after_convert():
+    model = program.network().float()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"replaced by an accelerate hook \(offload\).*convert before.*\(layer '1'\)"):
+        syncbn.convert(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    remove_hook_from_module(model, recurse=True)
+    syncbn.convert(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert type(model[1]) is syncbn.SyncBatchNorm2d
+    assert model[1]._old_forward.__func__ is syncbn.SyncBatchNorm2d.forward
+    x = program.data(4)[0].float()
+    torch.testing.assert_close(model(x), program.network().float()(x))
+    with pytest.raises(ValueError, match=r"remove_hook_from_module\(model, recurse=True\) first"):
+        syncbn.revert(model)
