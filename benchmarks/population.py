@@ -162,7 +162,8 @@ def main() -> None:
         )
         row = measured[-1]
         print(
-            f"{name:32}  error {row['error_median']:>7} (max {row['error_max']:>7})  between ranks {row['between_ranks_max']:>7}  "
+            f"{name:32}  error {row['error_median']:>7} (max {row['error_max']:>7})  "
+            f"between ranks {row['between_ranks_max']:>7}  "
             f"accuracy {row['accuracy_mean_of_worst_rank']} to {row['accuracy_mean_of_best_rank']}"
         )
     print(f"rows appended to {rows.append('population', measured)}")

@@ -85,7 +85,8 @@ def revert(module: Model) -> Model:
     parametrizations registered or removed stay so.
 
     Raises:
-        ValueError: the forward of a layer was replaced in the instance, as the offload hooks of accelerate do: remove them first.
+        ValueError: the forward of a layer was replaced in the instance, as the offload hooks of accelerate do: remove
+            them first.
     """
     todo: list[tuple[nn.Module, type[nn.Module]]] = []
     for path, layer in _batch_norms(module):

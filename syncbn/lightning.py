@@ -97,9 +97,9 @@ class SyncBatchNormPlugin(_LayerSync):
 class SyncBatchNormCallback(_Callback):
     """The same layer swap for every strategy: `Trainer(callbacks=[SyncBatchNormCallback()])`.
 
-    Converts when fit starts: configure_model has made its layers then, and the strategy has wrapped the model, which a change of
-    class leaves alone. Reverts at the end of fit and after an exception. Strategies that shard or compile layers by themselves
-    when they set up may want `syncbn.convert` in configure_model instead.
+    Converts when fit starts: configure_model has made its layers then, and the strategy has wrapped the model, which a change
+    of class leaves alone. Reverts at the end of fit and after an exception. Strategies that shard or compile layers by
+    themselves when they set up may want `syncbn.convert` in configure_model instead.
     """
 
     def __init__(self, process_group: GroupLike = None, group_size: int | None = None) -> None:
@@ -142,7 +142,7 @@ class SyncBatchNormCallback(_Callback):
 
 
 class SyncBatchNormMonitor(_Callback):
-    """Logs what synchronizing does, `syncbn.monitor`, every few training batches: `Trainer(callbacks=[SyncBatchNormMonitor()])`.
+    """Logs what synchronizing does, by `syncbn.monitor`, every few batches: `Trainer(callbacks=[SyncBatchNormMonitor()])`.
 
     To each logger of the Trainer, at its step: `syncbn/share_of_step`, and for each layer by its path, as in
     `syncbn/net.1/mean_shift`, the figures of `syncbn.monitor`, on rank 0. No further collective, and the same results; a batch

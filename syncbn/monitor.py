@@ -63,10 +63,10 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
     **Precision.** `mean_over_std` is what makes E[x²] − E[x]² lose digits: 2^−24·ratio² relative to the variance with sums in
     float32, 1e-14·ratio² (`variance_error`) with the float64 sums of syncbn.
 
-    **Smoothness.** With g the gradient of the loss by a layer's output, that by its input is smaller than γ·i·g: in squared norm
-    by at least `smoothness_slack`, per channel γ²·i²·(⟨1, g⟩² + ⟨g, x̂⟩²)/n, what batch norm's backward takes out (Santurkar et
-    al. 2018, arXiv:1805.11604, theorem 4.1). ⟨1, g⟩ and ⟨g, x̂⟩ are G1 and G2·i, which the layers reduce. It is in units of the
-    loss that each rank differentiates: that of DistributedDataParallel is W times the rank's part of the mean.
+    **Smoothness.** With g the gradient of the loss by a layer's output, that by its input is smaller than γ·i·g: in squared
+    norm by at least `smoothness_slack`, per channel γ²·i²·(⟨1, g⟩² + ⟨g, x̂⟩²)/n, what batch norm's backward takes out
+    (Santurkar et al. 2018, arXiv:1805.11604, theorem 4.1). ⟨1, g⟩ and ⟨g, x̂⟩ are G1 and G2·i, which the layers reduce. It is in
+    units of the loss that each rank differentiates: that of DistributedDataParallel is W times the rank's part of the mean.
 
     A layer in eval mode, and one in compiled code, is not seen; a masked call has no slack. The
     layers of a process that is alone take the synchronized path while they are watched: equal to rounding, not to the bit.
@@ -83,7 +83,9 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
         path or type(layer).__name__: layer for path, layer in inner.named_modules() if isinstance(layer, _Synchronized)
     }
     if not layers:
-        raise ValueError(f"given a {type(inner).__name__} without layers of syncbn; expected some: call syncbn.convert(model) first")
+        raise ValueError(
+            f"given a {type(inner).__name__} without layers of syncbn; expected some: call syncbn.convert(model) first"
+        )
     bound = {layer: vars(layer).get("_syncbn") for layer in layers.values()}
     watching = Monitor(layers)
     try:
@@ -110,9 +112,7 @@ class Monitor:
         """The figures since the beginning or the last call, which then begin anew. Between steps: waits for the device."""
         seen, spent = self.forwards.keys() | self.slacks.keys(), [elapsed() for elapsed in self.spent]
         seconds = time.perf_counter() - self.start
-        found = {
-            path: _summary(self.forwards.get(path, []), self.slacks.get(path, [])) for path in self.layers if path in seen
-        }
+        found = {path: _summary(self.forwards.get(path, []), self.slacks.get(path, [])) for path in self.layers if path in seen}
         share = sum(spent) / seconds
         self._begin()
         return Report(seconds, share, len(spent), found)

@@ -1,8 +1,9 @@
 """What test_accelerate.py starts by `accelerate launch`: trains in each way, and writes what every rank found.
 
-    accelerate launch ... accelerate_program.py DIRECTORY
+accelerate launch ... accelerate_program.py DIRECTORY
 """
 
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -23,7 +24,12 @@ MICRO = [(3, 1), (0, 4), (2, 2)]
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(1), nn.Linear(64, CLASSES), nn.BatchNorm1d(CLASSES)
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(1),
+        nn.Linear(64, CLASSES),
+        nn.BatchNorm1d(CLASSES),
     ).double()
 
 
@@ -97,10 +103,44 @@ def uneven(directory: Path) -> dict:
     return {"warnings": [str(warning.message) for warning in caught]}
 
 
+class WithLoss(nn.Module):
+    """A model as transformers' Trainer wants it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def trainer(directory: Path) -> dict:
+    """transformers' Trainer, given a converted model; the batches of `plain`."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+    options = TrainingArguments(
+        str(directory / "trainer"), use_cpu=True, per_device_train_batch_size=BATCH, num_train_epochs=1, max_grad_norm=0,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, label_names=["labels"],
+    )  # fmt: skip
+    model = WithLoss(syncbn.convert(network()))
+    optimizer = optimizer_of(model)
+    examples = [{"x": x, "labels": target} for x, target in zip(*data(2 * BATCH * STEPS), strict=True)]
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    InOrder(model, options, train_dataset=examples, optimizers=(optimizer, constant)).train()
+    return {"state": model.net.state_dict(), "processes": options.world_size}
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
-    found = {case.__name__: case(directory) for case in (plain, accumulated, uneven)}
+    cases = [plain, accumulated, uneven, *([trainer] if importlib.util.find_spec("transformers") else [])]
+    found = {case.__name__: case(directory) for case in cases}
     torch.save(found, directory / f"rank{Accelerator().process_index}.pt")
     Accelerator().end_training()
 

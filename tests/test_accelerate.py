@@ -1,9 +1,9 @@
 """accelerate: `syncbn.convert(model)` before `prepare`, in processes that `accelerate launch` starts, against one process."""
 
+import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 import accelerate_program as program
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
+from oracle import flat
 from torch import nn
 
 import syncbn
@@ -49,7 +50,8 @@ def assert_same_state(got, expected):
         assert off <= 1e-12 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
 
 
-def test_training_saved_and_loaded_equals_one_process_on_the_whole_batch(found):
+def one_process():
+    """The network trained on the whole batches of `plain`, and its losses."""
     model = program.network()
     optimizer = program.optimizer_of(model)
     xs, targets = program.data(WORLD * program.BATCH * program.STEPS)
@@ -60,11 +62,24 @@ def test_training_saved_and_loaded_equals_one_process_on_the_whole_batch(found):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+    return model, losses
+
+
+def test_training_saved_and_loaded_equals_one_process_on_the_whole_batch(found):
+    model, losses = one_process()
     for result in (rank["plain"] for rank in found):
         assert result["processes"] == WORLD, "really two"
         assert (result["wrapper"], result["converted"]) == ("DistributedDataParallel", "SyncBatchNorm2d")
         assert result["classes"] == [type(layer).__name__ for layer in model]
         assert result["losses"] == pytest.approx(losses, rel=1e-12)
+        assert_same_state(result["state"], model.state_dict())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_transformers_trainer_takes_a_converted_model(found):
+    model, _ = one_process()
+    for result in (rank["trainer"] for rank in found):
+        assert result["processes"] == WORLD
         assert_same_state(result["state"], model.state_dict())
 
 
@@ -75,7 +90,7 @@ def test_accumulate_with_statistics_of_all_micro_batches(found):
     running = {name: (torch.zeros(n.num_features).double(), torch.ones(n.num_features).double()) for name, n in norms.items()}
     seen = {name: [] for name in norms}
     for name, layer in norms.items():
-        layer.register_forward_hook(lambda _, args, y, name=name: seen[name].append(args[0].detach().transpose(0, 1).flatten(1)))
+        layer.register_forward_hook(lambda _, args, y, name=name: seen[name].append(flat(args[0].detach())))
     samples = sum(map(sum, program.MICRO))
     for step in range(program.STEPS):
         optimizer.zero_grad()
@@ -84,9 +99,9 @@ def test_accumulate_with_statistics_of_all_micro_batches(found):
             (F.cross_entropy(model(x), target, reduction="sum") / samples).backward()
         optimizer.step()
         for name in norms:
-            values = torch.cat(seen[name], 1)
+            values = torch.cat(seen[name])
             mean, var = running[name]
-            running[name] = mean.lerp(values.mean(1), 0.1), var.lerp(values.var(1), 0.1)
+            running[name] = mean.lerp(values.mean(0), 0.1), var.lerp(values.var(0), 0.1)
             seen[name].clear()
     expected = model.state_dict()
     for name, (mean, var) in running.items():

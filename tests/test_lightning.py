@@ -88,6 +88,9 @@ def module(namespace, world, own=syncbn.SyncBatchNorm, configure=False, fail_at=
     return Module()
 
 
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
+
+
 def trainer(namespace, world, directory, epochs, plugins=(), callbacks=(), flag=False, checkpoints=False, logger=False):
     """A Trainer in a process that is one of a launcher's, as under torchrun."""
     places = {"RANK": world.rank, "LOCAL_RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_WORLD_SIZE": world.size}
@@ -95,11 +98,9 @@ def trainer(namespace, world, directory, epochs, plugins=(), callbacks=(), flag=
     lightning = importlib.import_module(namespace)
     if checkpoints:
         callbacks = [*callbacks, lightning.callbacks.ModelCheckpoint(directory, filename="last", save_top_k=1)]
-    return lightning.Trainer(
-        accelerator="cpu", devices=world.size, strategy="ddp", max_epochs=epochs, plugins=list(plugins), callbacks=list(callbacks),
-        sync_batchnorm=flag, default_root_dir=directory, logger=logger, enable_checkpointing=checkpoints,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=1,
-    )  # fmt: skip
+    places = {"default_root_dir": directory, "logger": logger, "enable_checkpointing": checkpoints, "sync_batchnorm": flag}
+    given = {"plugins": list(plugins), "callbacks": list(callbacks), "max_epochs": epochs, "num_sanity_val_steps": 1}
+    return lightning.Trainer(accelerator="cpu", devices=world.size, strategy="ddp", **given, **places, **QUIET)
 
 
 def fit(world, namespace, way, directory):
@@ -181,7 +182,9 @@ CASES = [(NAMESPACES[0], way) for way in WAYS] + [(NAMESPACES[1], way) for way i
 def test_fit_and_resume_equal_one_process(found, namespace, way):
     for part, (losses, state) in enumerate(one_process()):
         both = [rank[namespace, way][part] for rank in found]
-        assert [sum(pair) for pair in zip(*(result["losses"] for result in both), strict=True)] == pytest.approx(losses, rel=1e-11)
+        assert [sum(pair) for pair in zip(*(result["losses"] for result in both), strict=True)] == pytest.approx(
+            losses, rel=1e-11
+        )
         for result in both:
             assert_same_state(result["state"], state)
 
@@ -190,7 +193,11 @@ def test_fit_and_resume_equal_one_process(found, namespace, way):
 def test_the_model_is_as_before_the_fit(found, namespace, way):
     net = network(syncbn.SyncBatchNorm)
     for result in (result for rank in found for result in rank[namespace, way]):
-        assert [name for name in result["during"] if "BatchNorm" in name] == ["SyncBatchNorm2d", "SyncBatchNorm2d", "SyncBatchNorm"]
+        assert [name for name in result["during"] if "BatchNorm" in name] == [
+            "SyncBatchNorm2d",
+            "SyncBatchNorm2d",
+            "SyncBatchNorm",
+        ]
         assert result["after"] == [type(layer).__name__ for layer in net]
         assert result["training"] == [layer.training for layer in net]
         assert result["left"] == []
@@ -248,10 +255,8 @@ def test_plugin_and_callback_together_is_an_error_that_says_which_to_drop(found)
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_where_the_strategy_never_calls_a_plugin_it_is_the_one_to_drop():
     lightning = importlib.import_module(NAMESPACES[0])
-    alone = lightning.Trainer(
-        accelerator="cpu", devices=1, plugins=[SyncBatchNormPlugin()], callbacks=[SyncBatchNormCallback()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
-    )  # fmt: skip
+    given = {"plugins": [SyncBatchNormPlugin()], "callbacks": [SyncBatchNormCallback()], "logger": False}
+    alone = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=1, enable_checkpointing=False, **given, **QUIET)
     with pytest.raises(ValueError, match="drop the plugin: SingleDeviceStrategy never calls it"):
         alone.fit(module(NAMESPACES[0], ALONE), batches(0), batches(0))
 
@@ -261,10 +266,11 @@ def test_fsdp_strategy_calls_the_plugin(tmp_path):
     lightning = importlib.import_module(NAMESPACES[0])
     model = module(NAMESPACES[0], ALONE)
     model.net.float()
-    lightning.Trainer(
-        accelerator="gpu", devices=1, strategy=lightning.strategies.FSDPStrategy(), plugins=[SyncBatchNormPlugin()], max_epochs=1,
-        default_root_dir=tmp_path, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    ).fit(model, DataLoader([(x.float(), target, n) for x, target, n in batches(0)], batch_size=None))  # fmt: skip
+    given = {"plugins": [SyncBatchNormPlugin()], "strategy": lightning.strategies.FSDPStrategy(), "default_root_dir": tmp_path}
+    gpu = lightning.Trainer(
+        accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, **given, **QUIET
+    )
+    gpu.fit(model, DataLoader([(x.float(), target, n) for x, target, n in batches(0)], batch_size=None))
     assert model.classes[1] == "SyncBatchNorm2d"
     assert [type(layer).__name__ for layer in model.net] == [type(layer).__name__ for layer in network(syncbn.SyncBatchNorm)]
 
@@ -275,9 +281,8 @@ def _monitored(world, directory):
     for callbacks in ([SyncBatchNormMonitor(every_n_steps=2)], []):
         model = module(NAMESPACES[0], world)
         logger = importlib.import_module(NAMESPACES[0]).loggers.CSVLogger(directory, name="log", version=len(callbacks))
-        trainer(
-            NAMESPACES[0], world, directory, EPOCHS, [SyncBatchNormPlugin()], callbacks, logger=logger
-        ).fit(model, batches(world.rank))  # fmt: skip
+        trained = trainer(NAMESPACES[0], world, directory, EPOCHS, [SyncBatchNormPlugin()], callbacks, logger=logger)
+        trained.fit(model, batches(world.rank))
         states.append(model.net.state_dict())
     with (Path(directory) / "log" / "version_1" / "metrics.csv").open() as file:
         return states, list(csv.DictReader(file)) if world.rank == 0 else None
