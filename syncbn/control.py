@@ -79,6 +79,10 @@ class Side:
 
 
 def own_group(group: ProcessGroup) -> tuple[ProcessGroup, Any]:
-    """A new group of the same ranks, with the same timeout, and a store of its own; every rank of the job makes it."""
-    made = dist.new_group(dist.get_process_group_ranks(group), timeout(group))
+    """A new group of the same ranks, with the same timeout, and a store of its own; every rank of the job asks, for its own."""
+    world = dist.group.WORLD
+    assert world is not None
+    mine = tuple(dist.get_process_group_ranks(group))
+    wanted = sorted({*side_group(world).gather_objects(mine)})
+    made = {ranks: dist.new_group(list(ranks), timeout(group)) for ranks in wanted}[mine]
     return made, dist.PrefixStore(f"syncbn/{made.group_name}", dist.distributed_c10d._get_default_store())

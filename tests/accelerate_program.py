@@ -1,12 +1,13 @@
 """What test_accelerate.py starts by `accelerate launch`: trains in each way, and writes what every rank found.
 
-accelerate launch ... accelerate_program.py DIRECTORY
+accelerate launch ... accelerate_program.py DIRECTORY [CASE ...]
 """
 
 import importlib.util
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ import syncbn
 BATCH, STEPS, CLASSES = 6, 4, 3  # samples of a rank in a step
 # Samples of each rank in each micro-batch of a step.
 MICRO = [(3, 1), (0, 4), (2, 2)]
+# Samples of each rank's batches, of which one has fewer.
+UNEVEN = [[3, 2, 4, 3], [5, 1]]
 
 
 def network() -> nn.Module:
@@ -93,14 +96,34 @@ def accumulated(directory: Path) -> dict:
 
 
 def uneven(directory: Path) -> dict:
-    """join_uneven_inputs on a CPU: a warning, and nothing else."""
+    """join_uneven_inputs over ranks with different numbers of batches.
+
+    accelerate has it for GPUs; on a CPU it warns and does nothing, and is told here that there are devices.
+    """
     accelerator = Accelerator()
-    model = accelerator.prepare(syncbn.convert(network()))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with accelerator.join_uneven_inputs([syncbn.SyncBatchNormJoin(model), model]):
-            model(data(BATCH)[0])
-    return {"warnings": [str(warning.message) for warning in caught]}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    model = syncbn.convert(network())
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    joined = syncbn.SyncBatchNormJoin(model)
+    warned: list[warnings.WarningMessage] = []
+    if accelerator.device.type == "cpu":
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            with accelerator.join_uneven_inputs([joined, model]):
+                pass
+    with (
+        mock.patch.object(Accelerator, "multi_device", True),
+        accelerator.join_uneven_inputs([joined, model], even_batches=False),
+    ):
+        for step, size in enumerate(UNEVEN[rank]):
+            sizes = [sizes[step] if step < len(sizes) else 0 for sizes in UNEVEN]
+            x, target = (t.split(sizes)[rank].to(accelerator.device) for t in data(sum(sizes), step))
+            assert len(x) == size
+            optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(model(x), target, reduction="sum") * world / sum(sizes))
+            optimizer.step()
+    state = {name: value.cpu() for name, value in accelerator.unwrap_model(model).state_dict().items()}
+    return {"warnings": [str(warning.message) for warning in warned], "state": state}
 
 
 class WithLoss(nn.Module):
@@ -140,6 +163,8 @@ def main() -> None:
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
     cases = [plain, accumulated, uneven, *([trainer] if importlib.util.find_spec("transformers") else [])]
+    if sys.argv[2:]:
+        cases = [case for case in cases if case.__name__ in sys.argv[2:]]
     found = {case.__name__: case(directory) for case in cases}
     torch.save(found, directory / f"rank{Accelerator().process_index}.pt")
     Accelerator().end_training()

@@ -22,20 +22,25 @@ import syncbn
 WORLD = 2
 
 
+# With --multi_gpu these are two processes; --cpu alone is one.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two ranks found, by case."""
-    directory = tmp_path_factory.mktemp("accelerate")
-    # ACCELERATE_USE_CPU with --multi_gpu is two processes; --cpu alone is one.
+    return launch(tmp_path_factory.mktemp("accelerate"), ON_CPU)
+
+
+def launch(directory, environment, *cases):
     options = ["--multi_gpu", "--num_processes", str(WORLD), "--num_machines", "1", "--main_process_port", "0"]
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, program.__file__, str(directory)],
+        [sys.executable, "-m", "accelerate.commands.launch", *options, program.__file__, str(directory), *cases],
         capture_output=True,
         text=True,
         timeout=110,
-        env=os.environ
-        | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(directory)},
+        env=os.environ | environment | {"OMP_NUM_THREADS": "1", "HF_HOME": str(directory)},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -112,9 +117,31 @@ def test_accumulate_with_statistics_of_all_micro_batches(found):
         assert_same_state(result["state"], expected)
 
 
-def test_join_uneven_inputs_serves_gpus_only_and_says_so(found):
+def assert_trained_unevenly(results):
+    """Rank 0 has data to the end, so its optimizer is that of one process, and Join sends its model to the others."""
+    model = program.network()
+    optimizer = program.optimizer_of(model)
+    for step in range(max(map(len, program.UNEVEN))):
+        x, target = program.data(sum(sizes[step] for sizes in program.UNEVEN if step < len(sizes)), step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    for result in results:
+        assert_same_state(result["state"], model.state_dict())
+
+
+def test_join_uneven_inputs_on_a_cpu_says_that_it_does_nothing(found):
     for result in (rank["uneven"] for rank in found):
         assert any("Joining uneven inputs is only supported for" in text for text in result["warnings"]), result
+
+
+def test_join_uneven_inputs_takes_our_join(found):
+    assert_trained_unevenly([rank["uneven"] for rank in found])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs 2 GPUs")
+def test_join_uneven_inputs_on_gpus(tmp_path):
+    assert_trained_unevenly([rank["uneven"] for rank in launch(tmp_path, {}, "uneven")])
 
 
 def test_offload_hooks_come_after_convert():
