@@ -3,6 +3,7 @@
 from ._version import __version__
 from .accumulation import accumulate_statistics
 from .checkpoint import checkpoint_context
+from .checks import checked
 from .collectives import CollectiveError
 from .convert import convert, revert
 from .fold import fold
@@ -22,6 +23,7 @@ __all__ = [
     "SyncBatchNormJoin",
     "__version__",
     "accumulate_statistics",
+    "checked",
     "checkpoint_context",
     "convert",
     "even_steps",

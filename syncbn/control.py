@@ -4,6 +4,7 @@ Requirements: over Gloo on the CPU, so that no GPU waits; with the timeout of th
 """
 
 import pickle
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from .collectives import CollectiveError, ProcessGroup, rank_and_size, timeout
+
+ABSENT_SECONDS = 1.0  # in which the ranks that wait for the same message find that out
 
 # Gloo beside each group, for control messages; they go when it does.
 _sides: weakref.WeakKeyDictionary[ProcessGroup, "Side"] = weakref.WeakKeyDictionary()
@@ -32,9 +35,11 @@ class Side:
     """
 
     def __init__(self, group: ProcessGroup) -> None:
-        store = dist.PrefixStore(f"syncbn/{group.group_name}", dist.distributed_c10d._get_default_store())
+        self.store: Any = dist.PrefixStore(f"syncbn/{group.group_name}", dist.distributed_c10d._get_default_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout(group)
-        self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, self.size, self.timeout)
+        self.ranks = ranks_of(group)  # in the job
+        self.uses = 0  # of checked mode: the same number on every rank
+        self._gloo: Any = dist.ProcessGroupGloo(self.store, self.rank, self.size, self.timeout)
 
     def gather_rows(self, row: Sequence[int]) -> Callable[[], list[list[int]]]:
         """Send a row of integers to every rank and do not wait; the function returned waits for all rows, by rank.
@@ -70,12 +75,26 @@ class Side:
 
         return wait
 
+    def absent(self, what: str) -> list[int]:
+        """The ranks that do not say in a moment that they wait in vain at `what` too; empty if the store does not answer."""
+        try:
+            self.store.set(f"{what}/{self.rank}", "waits")
+            time.sleep(ABSENT_SECONDS)
+            return [rank for rank in range(self.size) if not self.store.check([f"{what}/{rank}"])]
+        except RuntimeError:
+            return []
+
     def _error(self) -> CollectiveError:
         rank, size = rank_and_size()
         return CollectiveError(
             f"a control message of rank {rank} of {size} in a group of {self.size} got no answer; expected every rank of the "
             f"group to send one within {self.timeout}: look for the first error among the other ranks"
         )
+
+
+def ranks_of(group: ProcessGroup | None) -> list[int]:
+    """The ranks of a group in the job; this process's where it is alone."""
+    return [rank_and_size()[0]] if group is None else dist.get_process_group_ranks(group)
 
 
 def own_group(group: ProcessGroup) -> tuple[ProcessGroup, Any]:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import collectives, equations
 from .collectives import Call
-from .module import _Synchronized
+from .module import named
 
 
 class LayerReport(NamedTuple):
@@ -78,27 +77,10 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
     Raises:
         ValueError: no layer of ours in the model.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    layers: dict[str, Any] = {
-        path or type(layer).__name__: layer for path, layer in inner.named_modules() if isinstance(layer, _Synchronized)
-    }
-    if not layers:
-        raise ValueError(
-            f"given a {type(inner).__name__} without layers of syncbn; expected some: call syncbn.convert(model) first"
-        )
-    bound = {layer: vars(layer).get("_syncbn") for layer in layers.values()}
-    watching = Monitor(layers)
-    try:
-        for path, layer in layers.items():
-            layer._syncbn = layer._syncbn._replace(path=path)
+    with named(model) as layers:
+        watching = Monitor(layers)
         with collectives.observe(watching):
             yield watching
-    finally:
-        for layer, binding in bound.items():
-            if binding is None:
-                vars(layer).pop("_syncbn", None)
-            else:
-                layer._syncbn = binding
 
 
 class Monitor:

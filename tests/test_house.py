@@ -134,6 +134,7 @@ def test_public_names():
         "SyncBatchNormJoin",
         "__version__",
         "accumulate_statistics",
+        "checked",
         "checkpoint_context",
         "convert",
         "even_steps",
