@@ -202,6 +202,8 @@ def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int |
         return ValueError(f"given eps={affine.eps}; expected 0 or more")
     if channels is not None and x.shape[1] != channels:
         return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
+    if running is not None and not isinstance(running.momentum, (int, float, type(None))):
+        return TypeError(f"given momentum={running.momentum!r}; expected a number, or None for the average of all batches")
     named = {"weight": affine.weight, "bias": affine.bias}
     if running is not None:
         named |= {"running_mean": running.mean, "running_var": running.var}
