@@ -4,8 +4,12 @@ import contextlib
 import datetime
 import functools
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,9 @@ import syncbn
 TIMEOUT = 3.0  # of the groups
 MARGIN = 5.0  # seconds that a loaded machine may add
 VICTIM = 1
+PROGRAM = str(Path(__file__).with_name("fault_program.py"))
+LAUNCHED_TIMEOUT = 5.0  # of the group under torchrun
+STARTUP = 40.0  # seconds in which torchrun and three processes import torch on a loaded machine
 
 
 class LostError(Exception):
@@ -124,6 +131,52 @@ def test_a_rank_that_is_gone_or_frozen_is_an_error_of_the_others_within_the_time
     assert seconds < TIMEOUT + MARGIN
 
 
+class Launched:
+    """torchrun with one of the faults, started."""
+
+    def __init__(self, fault, directory):
+        self.output = open(directory / f"{fault}.txt", "w+")  # noqa: SIM115
+        self.mark = f"syncbn-fault={directory / fault}"
+        self.start = time.monotonic()
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=3",
+            "--monitor-interval=0.1",
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, fault, str(LAUNCHED_TIMEOUT), self.mark],
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    def left(self):
+        """The processes that have the mark in their command line."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if self.mark in path.read_text() and "\nState:\tZ" not in (path.parent / "status").read_text():
+                    found.append(int(path.parent.name))
+        return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launched(tmp_path_factory):
+    """Started before the other tests of this file: torch's launcher gives a frozen worker half a minute."""
+    directory = tmp_path_factory.mktemp("launched")
+    runs = {fault: Launched(fault, directory) for fault in ("frozen", "killed", "exception")}
+    yield runs
+    for run in runs.values():
+        run.process.kill()
+        for process in run.left():
+            os.kill(process, signal.SIGKILL)
+        run.process.wait()
+        run.output.close()
+
+
 def _not_finite(world, value):
     x, dy = (t.split([3, 2, 4])[world.rank] for t in data(value))
     layer = syncbn.convert(nn.BatchNorm1d(3, momentum=0.5, dtype=torch.float64), world.group)
@@ -157,3 +210,21 @@ def test_values_that_are_not_finite_propagate_as_in_one_process(value):
     for got, expected in pairs:
         assert torch.equal(got.isfinite(), expected.isfinite())
         torch.testing.assert_close(got.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("fault", ["killed", "exception", "frozen"])
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_under_torchrun_every_process_ends_within_the_timeout_and_its_grace(launched, fault):
+    """35 s: torch's launcher waits 30 s for the worker that does not answer its signal."""
+    run = launched[fault]
+    limit = run.start + STARTUP + LAUNCHED_TIMEOUT + 35
+    assert run.process.wait(max(1.0, limit - time.monotonic())) == 1
+    assert run.left() == []
+    run.output.seek(0)
+    printed = run.output.read()
+    says = {
+        "exception": "LostError: by accident",
+        "killed": r"Signal 9 \(SIGKILL\) received",  # before or after the others' own errors
+        "frozen": "CollectiveError: all_reduce of layer 'second' failed in forward on rank [02] of 3",
+    }
+    assert re.search(says[fault], printed), printed
