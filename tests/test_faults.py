@@ -138,14 +138,7 @@ class Launched:
         self.output = open(directory / f"{fault}.txt", "w+")  # noqa: SIM115
         self.mark = f"syncbn-fault={directory / fault}"
         self.start = time.monotonic()
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=3",
-            "--monitor-interval=0.1",
-        ]
+        options = ["--standalone", "--nproc-per-node=3", "--monitor-interval=0.1"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, fault, str(LAUNCHED_TIMEOUT), self.mark],
             stdout=self.output,
