@@ -77,8 +77,8 @@ def main() -> int:
         measured.append(row | {"same_bits_on_all_ranks": same})
         good = good and same and after[:2] == before[:2] and after[2] - before[2] <= LIMIT
         print(
-            f"rank {rank}: {options.steps} steps in {seconds:.0f} s; after a tenth and at the end "
-            f"{before[0]} and {after[0]} files, {before[1]} and {after[1]} threads, memory {after[2] - before[2]:+,} bytes; the same bits on all ranks: {same}"
+            f"rank {rank}: {options.steps} steps in {seconds:.0f} s; after a tenth and at the end {before[0]} and {after[0]} "
+            f"files, {before[1]} and {after[1]} threads, memory {after[2] - before[2]:+,} bytes; same bits on all ranks: {same}"
         )
     print(f"rows appended to {rows.append('soak', measured)}")
     return 0 if good else 1
