@@ -1,74 +1,108 @@
 """A data-parallel training program with synchronized batch norm, to start or to copy.
 
-    torchrun --standalone --nproc-per-node 2 launch/train.py --bn syncbn
+    launch/one_node.sh --bn syncbn --checkpoint run.pt        or, in one process:        python launch/train.py
 
-Trains a small network on scikit-learn's digits and prints the loss of each epoch and the accuracy on held-out images. Runs
-on GPUs with NCCL where there is one for each process, else on CPUs with Gloo.
+Trains a small network on scikit-learn's digits, or on a folder of images, and prints the loss of each epoch and the accuracy on
+the held-out fifth. Runs on GPUs with NCCL where there is one for each process, else on CPUs with Gloo.
+
+With --checkpoint FILE the state is written there, and where FILE exists the run goes on from it: one command starts, restarts
+and resumes. On as many processes as before, the end is that of a run without interruption, to the bit on two CPUs; on
+another number of processes it is to rounding.
 """
 
 import argparse
+import datetime
 import os
+import sys
+from pathlib import Path
 
+import data
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from checkpoint import Checkpoint, CheckpointError, Progress
+from loop import Job, Place, fit, report
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 
 
-def network() -> nn.Module:
-    layers: list[nn.Module] = []
-    for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 2)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-
-
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="images, a subfolder per class; default: digits")
+    parser.add_argument("--image-size", type=int, default=64, help="what images of a folder are scaled to")
+    parser.add_argument("--workers", type=int, default=0, help="processes per rank that read images ahead")
     parser.add_argument("--bn", choices=("local", "torch", "syncbn"), default="syncbn", help="torch: on GPUs only")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="end after this many, resumed ones included")
     parser.add_argument("--batch-size", type=int, default=32, help="samples of all processes in a step")
-    options = parser.parse_args()
+    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial network, the split and the order of the data")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write it; go on from it if it exists")
+    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait for a process")
+    return parser
 
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32, device=device).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target, device=device)
+def network(channels: int, classes: int) -> nn.Sequential:
+    """(N, channels, H, W) images → (N, classes) logits."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((channels, 16, 1), (16, 32, 2), (32, 32, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes))
 
-    torch.manual_seed(0)
-    model = network().to(device)
+
+def build(options: argparse.Namespace, images: data.Images, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network of the seed with the batch norm asked for, and its optimizer."""
+    torch.manual_seed(options.seed)
+    model: nn.Module = network(images.shape[0], images.classes).to(device, getattr(torch, options.dtype))
     if options.bn == "syncbn":
         syncbn.convert(model)
     elif options.bn == "torch":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+    return model, torch.optim.SGD(model.parameters(), options.learning_rate, momentum=0.9)
 
-    for epoch in range(options.epochs):
-        order = torch.randperm(1437, generator=torch.Generator().manual_seed(epoch)).to(device)
-        total = torch.zeros((), device=device)
-        for batch in order.split(options.batch_size):
-            mine = batch.tensor_split(world_size)[rank]  # shares may be unequal: hence the sum, times W / N
-            loss = F.cross_entropy(ddp(images[mine]), labels[mine], reduction="sum")
-            optimizer.zero_grad()
-            (loss * world_size / len(batch)).backward()
-            optimizer.step()
-            total += loss.detach()
-        dist.all_reduce(total)
-        if rank == 0:
-            print(f"epoch {epoch + 1}: loss {total.item() / len(order):.4f}", flush=True)
 
-    with torch.no_grad():
-        right = (ddp.eval()(images[1437:]).argmax(1) == labels[1437:]).float().mean().item()
-    if rank == 0:
-        print(f"accuracy on held-out images: {right:.3f}")
+def settings(options: argparse.Namespace, images: data.Images) -> dict[str, int]:
+    """What a run must have in common with the one whose checkpoint it goes on from."""
+    return {"seed": options.seed, "batch_size": options.batch_size, "samples": len(images), "classes": images.classes}
+
+
+def train(options: argparse.Namespace, place: Place) -> Progress:
+    """Train, and print the accuracy; for every rank of the default process group."""
+    images = data.open(options.data, options.image_size)
+    model, optimizer = build(options, images, place.device)
+    checkpoint = Checkpoint(options.checkpoint, settings(options, images), model, optimizer, place.rank)
+    job = Job(options, images, DistributedDataParallel(model), optimizer, checkpoint, place)
+    progress = fit(job)
+    report(job)
+    return progress
+
+
+def start(timeout: float) -> Place:
+    """Join the processes that torchrun started, or begin a job of one."""
+    waiting = datetime.timedelta(seconds=timeout)
+    if "RANK" not in os.environ:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
+        return Place(0, 1, device)
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=waiting)
+    return Place(rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"))
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    place = start(options.timeout)
+    try:
+        train(options, place)
+    except CheckpointError as error:
+        sys.exit(f"train.py: {error}" if place.rank == 0 else 1)
     dist.destroy_process_group()
 
 

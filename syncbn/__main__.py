@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .demo.run import add_command as add_demo
+from .doctor.run import add_command as add_doctor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="syncbn", description="Exact synchronized batch normalization for PyTorch.")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     add_demo(commands)
+    add_doctor(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

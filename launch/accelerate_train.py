@@ -1,0 +1,34 @@
+"""The training of launch/train.py by Hugging Face accelerate: launch/accelerate.sh, or any launcher of torch's."""
+
+import datetime
+import sys
+
+import data
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from checkpoint import Checkpoint, CheckpointError
+from loop import Job, Place, fit, report
+from train import arguments, build, settings
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    waiting = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=options.timeout))
+    # Without `cpu` several processes on a machine without a GPU would each train alone.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[waiting])
+    place = Place(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    images = data.open(options.data, options.image_size)
+    network, optimizer = build(options, images, place.device)  # syncbn.convert comes before prepare
+    model, optimizer = accelerator.prepare(network, optimizer)
+    checkpoint = Checkpoint(options.checkpoint, settings(options, images), network, optimizer, place.rank)
+    job = Job(options, images, model, optimizer, checkpoint, place, accelerator.backward)
+    try:
+        fit(job)
+    except CheckpointError as error:
+        sys.exit(f"accelerate_train.py: {error}" if place.rank == 0 else 1)
+    report(job)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""The doctor: what holds is said to hold, and whatever is broken for it is found, named, and ends in exit status 1."""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+import torch
+import worlds
+from torch import nn
+
+from syncbn import collectives, kernels
+from syncbn.__main__ import main
+from syncbn.doctor import exact, finding, latency, model, place, run
+from syncbn.doctor.latency import Key, Measured, Taken
+from syncbn.doctor.model import Collective, Layer, Steps
+from syncbn.kernels import aten
+
+CPU = torch.device("cpu")
+MODULE = "test_doctor"
+
+
+class Small(nn.Module):
+    """Two layers of 16 channels and one of 64."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.head = nn.Sequential(nn.Conv2d(16, channels, 1), nn.BatchNorm2d(channels))
+        self.swap = False
+
+    def forward(self, x):
+        one, two = (self.second, self.first) if self.swap else (self.first, self.second)
+        return {"logits": self.head(two(one(x)))}
+
+
+def small():
+    return Small(), torch.randn(2, 16, 3, 3)
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def one_rank_has_other_channels():
+    return Small(32 if rank() == 2 else 64), torch.randn(2, 16, 3, 3)
+
+
+def one_rank_has_more():
+    made = Small()
+    if rank() == 3:
+        made.more = nn.BatchNorm1d(7)
+    return made, torch.randn(2, 16, 3, 3)
+
+
+def one_rank_in_another_order():
+    made, x = small()
+    made.swap = rank() == 1
+    return made, x
+
+
+def one_rank_is_slow():
+    made, x = small()
+    if rank() == 1:
+        made.first.register_forward_pre_hook(lambda layer, inputs: time.sleep(0.2))
+    return made, x
+
+
+def one_rank_fails():
+    if rank() == 1:
+        raise OSError("no such file of weights")
+    return small()
+
+
+def without_batch_norm():
+    return nn.Linear(2, 2), torch.randn(2, 2)
+
+
+def only_a_model():
+    return Small()
+
+
+def without_gradient():
+    made, x = small()
+    made.register_forward_hook(lambda module, inputs, output: output["logits"].argmax(1))
+    return made, x
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    run.add_command(parser.add_subparsers())
+    return parser.parse_args(["doctor", "--repeats=2", "--steps=2", *arguments])
+
+
+def scaled(function, part, factor=1.05):
+    """The function with one of the values that it returns, or with its only one, wrong."""
+
+    def wrong(*arguments):
+        value = function(*arguments)
+        if part is None:
+            return value * factor
+        if isinstance(part, int):
+            return tuple(item * factor if number == part else item for number, item in enumerate(value))
+        return value._replace(**{part: getattr(value, part) * factor})
+
+    return wrong
+
+
+def half_wrong(x, message, affine, running):
+    y, saved = NORMALIZE(x, message, affine, running)
+    return (y * 1.05 if x.dtype == torch.float16 else y), saved
+
+
+NORMALIZE = aten.normalize
+BROKEN = {
+    "torch": lambda: mock.patch.object(torch, "__version__", "9.9"),
+    "syncbn": lambda: mock.patch.object(place, "__version__", "9.9"),
+    "python": lambda: mock.patch.object(place.platform, "python_version", return_value="9.9.1"),
+    "cuda": lambda: mock.patch.object(torch.version, "cuda", "9.9"),
+    "y": lambda: mock.patch.object(aten, "normalize", scaled(aten.normalize, 0)),
+    "dx": lambda: mock.patch.object(aten, "input_gradient", scaled(aten.input_gradient, None)),
+    "dweight": lambda: mock.patch.object(aten, "gradient_sums", scaled(aten.gradient_sums, "weight")),
+    "dbias": lambda: mock.patch.object(aten, "gradient_sums", scaled(aten.gradient_sums, "bias")),
+    "running": lambda: mock.patch.object(aten, "move"),
+    "half": lambda: mock.patch.object(aten, "normalize", half_wrong),
+    "sum": lambda: mock.patch.object(collectives, "_all_reduce", scaled(collectives._all_reduce, None)),
+    "nothing": contextlib.nullcontext,
+}
+
+
+def _examined(world, breakage: str, ranks: tuple[int, ...], *arguments: str) -> tuple[int, str]:
+    """The exit status and what was printed, with something broken on some ranks."""
+    broken = BROKEN[breakage]() if world.rank in ranks else contextlib.nullcontext()
+    with broken, contextlib.redirect_stdout(io.StringIO()) as printed:
+        return run.examine(options(*arguments), CPU), printed.getvalue()
+
+
+def examined(breakage: str, ranks: tuple[int, ...] = (2,), *arguments: str) -> tuple[int, list[str]]:
+    """The exit status, the same on all four ranks, and the lines that rank 0 printed."""
+    results = worlds.run(4, _examined, breakage, ranks, *arguments)
+    assert [printed for _, printed in results[1:]] == [""] * 3
+    (status,) = {status for status, _ in results}
+    return status, results[0][1].splitlines()
+
+
+def bad(lines: list[str]) -> list[str]:
+    return [line.removeprefix("BAD  ") for line in lines if line.startswith("BAD")]
+
+
+def test_four_ranks_hold():
+    status, lines = examined("nothing", (), f"--model={MODULE}:small")
+    assert status == 0
+    assert bad(lines) == []
+    assert len([line for line in lines if line.startswith("ok   ")]) == 1 + 4 + 1 + 1 + 1
+    assert lines[0] == "4 ranks"
+    assert lines[-1] == "everything holds"
+    text = "\n".join(lines)
+    versions = rf"\nranks 0-3  .* {re.escape(sys.version.split()[0])} +{re.escape(torch.__version__)} .* gloo .*\n"
+    assert re.search(versions, text)
+    for group in (4, 2):
+        for channels in (16, 64, 128, 256, 512, 1024, 2048):
+            assert re.search(rf"^{group} +{channels}( +\d+ \(\d+ to \d+\)){{2}}$", text, re.MULTILINE)
+    assert re.findall(r"^(first|second|head\.1) +(\d+) +(\d+) +(\d+) +\d+$", text, re.MULTILINE) == [
+        ("first", "16", "2", str(8 * (33 + 32))),
+        ("second", "16", "2", str(8 * (33 + 32))),
+        ("head.1", "64", "2", str(8 * (129 + 128))),
+    ]
+    step = (
+        r"a step: \d+\.\d\d ms; its 6 collectives of 3096 bytes: predicted \d+\.\d\d ms, measured \d+\.\d\d ms, on the slowest"
+    )
+    assert re.search(step, text)
+    assert re.search(
+        r"group_size=2: predicted \d+\.\d\d ms, saves -?\d+\.\d\d ms a step\ngroup_size=1: predicted 0.00 ms", text
+    )
+
+
+@pytest.mark.parametrize("name", ["torch", "syncbn", "python", "cuda"])
+def test_another_version_on_a_rank(name):
+    status, lines = examined(name)
+    (line,) = bad(lines)
+    assert status == 1
+    pattern = rf"{name} differs between ranks, \S+ on ranks 0-1, 3; 9.9 on rank 2: install the same version on every machine"
+    assert re.fullmatch(pattern, line)
+    assert lines[-1] == "1 finding to see to, marked BAD"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [("y", "y"), ("dx", "dx"), ("dweight", "dweight"), ("dbias", "dbias"), ("running", "running_mean, running_var")],
+)
+def test_a_layer_that_computes_something_else(name, tensors):
+    status, lines = examined(name)
+    found = bad(lines)
+    assert status == 1
+    assert [line.split()[0] for line in found] == ["float32", "float64", "bfloat16", "float16"]
+    for line in found:
+        assert f"is not batch norm of the whole batch, wrong in {tensors} on rank 2, largest error" in line
+        assert "do not train with it here" in line
+
+
+def test_a_single_dtype_that_is_wrong():
+    status, lines = examined("half", (0, 1, 3))
+    (line,) = bad(lines)
+    assert status == 1
+    assert line.startswith("float16 is not batch norm of the whole batch, wrong in y on ranks 0-1, 3, largest error")
+
+
+def test_a_backend_that_does_not_sum():
+    status, lines = examined("sum", (3,))
+    assert status == 1
+    assert "all_reduce does not give the sum on rank 3, first in groups of 2 at 64 channels: nothing trained over" in "\n".join(
+        lines
+    )
+
+
+MODELS = {
+    "one_rank_has_other_channels": "the layers differ between ranks, first where rank 0 has 'head.1' of 64 channels in a group "
+    "of 4; rank 2 has 'head.1' of 32 channels in a group of 4: build the same model",
+    "one_rank_has_more": "first where rank 0 has no more; rank 3 has 'more' of 7 channels",
+    "one_rank_in_another_order": "the collectives of a step differ between ranks, 6 on ranks 0, 2-3; 6 on rank 1, first where "
+    "rank 0 has 'first' forward and rank 1 has 'second' forward: let every rank run the same layers in the same order",
+    "one_rank_fails": "no model on rank 1, test_doctor:one_rank_fails failed with OSError: no such file of weights: give",
+    "without_batch_norm": "no model on ranks 0-3, test_doctor:without_batch_norm gave a Linear without batch norm layers",
+    "only_a_model": "test_doctor:only_a_model returned Small; expected (model, input)",
+    "no_such_function": "failed with AttributeError: module 'test_doctor' has no attribute 'no_such_function'",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_cannot_be_examined(name):
+    status, lines = examined("nothing", (), f"--model={MODULE}:{name}")
+    (line,) = bad(lines)
+    assert status == 1
+    assert MODELS[name] in line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:build", "no_such_module:build failed with ModuleNotFoundError: No module named 'no_such_module'"),
+        ("build", "given 'build'; expected module:function"),
+        (":build", "given ':build'; expected module:function"),
+        ("os:", "given 'os:'; expected module:function"),
+    ],
+)
+def test_a_model_that_is_not_there(name, message):
+    assert model.load(name, CPU) == message
+
+
+def test_ranks_that_wait_for_one_of_them_are_told():
+    status, lines = examined("nothing", (), f"--model={MODULE}:one_rank_is_slow")
+    assert status == 0
+    assert any(re.match(r"note ranks spend \d+\.\d times as long in the model's collectives as", line) for line in lines)
+
+
+def _slow(world):
+    real = collectives._all_reduce
+
+    def late(message, call):
+        time.sleep(0.02 if world.rank == 1 and call.phase == "backward" else 0)
+        return real(message, call)
+
+    with mock.patch.object(collectives, "_all_reduce", late):
+        return latency.measure(4, [64], 3, CPU)
+
+
+def test_what_is_measured_is_the_time_until_the_slowest_rank_has_the_sum():
+    taken = latency.slowest(worlds.run(4, _slow))
+    assert set(taken) == {Key(2, 64), Key(4, 64)}
+    for times in taken.values():
+        assert len(times.forward) == len(times.backward) == 3
+        assert min(times.backward) > 0.02
+
+
+TAKEN = {
+    Key(4, 16): Taken([9.0, 0.003, 0.001], [0.002] * 3),
+    Key(4, 64): Taken([0.01] * 3, [0.02] * 3),
+    Key(2, 16): Taken([0.001] * 3, [0.001] * 3),
+    Key(2, 64): Taken([0.005] * 3, [0.005] * 3),
+}
+STEP = [
+    Collective("a", "forward", 16, 33, 4),
+    Collective("b", "forward", 64, 129, 2),
+    Collective("b", "backward", 64, 128, 2),
+    Collective("a", "recompute", 16, 33, 4),
+    Collective("a", "backward", 16, 32, 4),
+]
+
+
+def test_the_prediction_is_the_sum_of_the_medians():
+    assert model.predicted(STEP, TAKEN) == pytest.approx(0.003 + 0.005 + 0.005 + 0.003 + 0.002)
+    assert model.predicted(STEP, TAKEN, 4) == pytest.approx(0.003 + 0.01 + 0.02 + 0.003 + 0.002)
+    assert model.predicted(STEP, TAKEN, 2) == pytest.approx(0.001 + 0.005 + 0.005 + 0.001 + 0.001)
+    assert model.predicted(STEP, TAKEN, 1) == 0
+    shown = model.shown([Steps(STEP, 0.019, 0.1)] * 3 + [Steps(STEP, 0.02, 0.05)], TAKEN).splitlines()
+    assert [line.split() for line in shown[1:3]] == [["a", "16", "3", "784", "8000"], ["b", "64", "2", "2056", "10000"]]
+    assert shown[3:] == [
+        "a step: 100.00 ms; its 5 collectives of 2840 bytes: predicted 18.00 ms, measured 20.00 ms, on the slowest rank",
+        "group_size=2: predicted 13.00 ms, saves 5.00 ms a step",
+        "group_size=1: predicted 0.00 ms, saves 18.00 ms a step",
+    ]
+
+
+FACTS = place.Facts("a", "Linux", "3.11.1", "2.13.0", "0.1", "12.8", "2.27.3", "570.1", "nccl", "H200", "eth0 10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nccl": "2.26.2"}, "nccl differs between ranks, 2.27.3 on ranks 0, 2; 2.26.2 on rank 1: install the same version"),
+        ({"backend": "gloo"}, "backend differs between ranks, nccl on ranks 0, 2; gloo on rank 1: start every rank alike"),
+        (
+            {"host": "b", "interface": "lo 127.0.0.1"},
+            "the ranks are on 2 hosts, and rank 1 on loopback: set NCCL_SOCKET_IFNAME there to the interface of the network",
+        ),
+        ({"host": "b", "interface": "? 127.0.1.1"}, "the ranks are on 2 hosts, and rank 1 on loopback"),
+    ],
+)
+def test_what_cannot_be_made_here_is_judged_from_facts(changes, message):
+    (found,) = place.judge([FACTS, FACTS._replace(**changes), FACTS])
+    assert found.bad
+    assert str(found).removeprefix("BAD  ").startswith(message)
+
+
+def test_what_may_differ():
+    other = FACTS._replace(host="b", os="another", python="3.11.9", driver="-", device="A100", interface="eth1 10.0.0.2")
+    assert not any(found.bad for found in place.judge([FACTS, other]))
+    assert not any(found.bad for found in place.judge([FACTS._replace(interface="lo 127.0.0.1")] * 2))
+
+
+def test_the_network_interface(monkeypatch):
+    monkeypatch.setattr(
+        place, "_addresses", lambda: {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "10.1.2.3", "ib0": "10.9.0.1"}
+    )
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(place.socket, "gethostbyname", lambda name: "10.1.2.3")
+    assert place.interface("gloo") == "eth0 10.1.2.3"
+    assert place.interface("nccl") == "ib0 10.9.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert place.interface("gloo") == "ib0 10.9.0.1 (GLOO_SOCKET_IFNAME)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which can be asked for the addresses of its interfaces")
+def test_the_addresses_of_this_machine():
+    assert place._addresses()["lo"] == "127.0.0.1"
+
+
+def test_a_process_that_is_alone_is_examined_too(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["doctor", "--model", f"{MODULE}:small", "--steps=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 rank"
+    assert sum("is batch norm of the whole batch" in line for line in lines) == 4
+    assert "note a single process, whose layers issue no collective: start it under torchrun to examine them" in lines
+    assert "its 6 collectives of 3096 bytes: predicted 0.00 ms" in "\n".join(lines)
+    assert not torch.distributed.is_initialized()
+    with BROKEN["dx"]():
+        assert main(["doctor"]) == 1
+    assert len(bad(capsys.readouterr().out.splitlines())) == 4
+
+
+def test_a_model_that_fails_in_its_step(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    try:
+        assert main(["doctor", "--model", f"{MODULE}:without_gradient"]) == 1
+    finally:
+        torch.distributed.destroy_process_group()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "syncbn doctor: rank 0: the examination ended with ValueError: the model's output has no tensor that"
+    )
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert main(["doctor", "--device=cuda"]) == 1
+    assert (
+        "given --device cuda for process 2 of this machine, which has 2 GPUs; expected one for each" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("option", ["--repeats=1", "--steps=x", "--timeout=0", "--timeout=-1", "--timeout=nan"])
+def test_usage_errors(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", option])
+    assert stop.value.code == 2
+    name, value = option.split("=")
+    assert re.search(rf"{name}: given '{value}'; expected a (whole )?number", capsys.readouterr().err)
+
+
+def command(*arguments: str, env: dict[str, str] | None = None, seconds: float = 60) -> "subprocess.CompletedProcess[str]":
+    here = os.path.dirname(__file__)
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=os.environ | more,
+        cwd=here,
+        check=False,
+    )
+
+
+def test_a_rank_that_never_comes_is_an_error_in_time():
+    start = time.monotonic()
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = command("-m", "syncbn", "doctor", "--timeout=2", env=env)
+    assert done.returncode == 1
+    assert time.monotonic() - start < 30
+    line = done.stderr.splitlines()[-1]
+    assert re.match(r"syncbn doctor: rank 0: this rank could not meet all 2 ranks within 2 s, over interface \S+ ", line)
+    assert line.endswith("): start every rank; name the right network by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
+
+
+PROGRAM = """
+import os, sys, torch
+if os.environ["RANK"] == "1":
+    torch.__version__ = "9.9"
+from syncbn.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_the_exit_status_under_torchrun(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = command(*launcher, "doctor", "--repeats=2", "--steps=2", f"--model={MODULE}:small")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == "2 ranks"
+    assert lines[-1] == "1 finding to see to, marked BAD"
+    assert re.fullmatch(r"torch differs between ranks, \S+ on rank 0; 9.9 on rank 1: install .*", bad(lines)[0])
+
+
+def test_ranks_are_named_in_spans():
+    assert finding.said_of([0]) == "rank 0"
+    assert finding.said_of([0, 1, 2, 4, 6, 7]) == "ranks 0-2, 4, 6-7"
+
+
+def test_the_splits_are_unequal_and_one_has_empty_shares():
+    for size in (2, 3, 4, 9):
+        shares = [[split[rank % len(split)] for rank in range(size)] for split in exact.SPLITS]
+        assert all(len(set(of)) > 1 for of in shares)
+        assert 0 in shares[1]
+
+
+def test_layers_in_other_groups_differ():
+    ours, theirs = (Layer("a", 8, 4),), (Layer("a", 8, 2),)
+    (found,) = model.judge_layers([ours, theirs])
+    assert str(found).startswith(
+        "BAD  the layers differ between ranks, first where rank 0 has 'a' of 8 channels in a group of 4; rank 1"
+    )
+
+
+def test_the_worst_of_all_repetitions_counts():
+    taken = [Measured({Key(2, 8): Taken([1.0, 5.0], [3.0, 3.0])}, []), Measured({Key(2, 8): Taken([4.0, 2.0], [1.0, 4.0])}, [])]
+    assert latency.slowest(taken) == {Key(2, 8): Taken([4.0, 5.0], [3.0, 4.0])}
+
+
+def test_kernels_that_are_patched_are_those_in_use():
+    assert kernels.pick(torch.zeros(1)) is aten
