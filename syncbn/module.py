@@ -77,7 +77,7 @@ class _Synchronized(_BatchNorm):
             return local(input, mean, var, affine, mean is None and var is None, mask, self._name())
         running = None
         if self.track_running_stats and mean is not None and var is not None:
-            if self._syncbn.group != ALL_RANKS.group and not torch.compiler.is_compiling():
+            if self._syncbn is not ALL_RANKS and self._syncbn.group != ALL_RANKS.group and not torch.compiler.is_compiling():
                 self._warn_if_broadcast()
             uncounted = self.momentum is None and self.num_batches_tracked is None
             running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
