@@ -19,6 +19,8 @@ def append(name: str, rows: list[dict[str, Any]]) -> Path:
     path = RESULTS / f"{name}.csv"
     new = not path.exists()
     rows = [row | circumstances() for row in rows]
+    if not new and path.read_text().split("\n", 1)[0] != ",".join(rows[0]):
+        raise SystemExit(f"{path} has other columns than {', '.join(rows[0])}; nothing is appended")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if new:

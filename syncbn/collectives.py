@@ -165,6 +165,7 @@ class Call(NamedTuple):
     channels: int
     dtype: torch.dtype  # of the layer's input
     group: ProcessGroup | None
+    sums: bool = True  # the message is [S1, S2, n] or [G1, G2]; False: a derivative of them
 
 
 class Observer(Protocol):

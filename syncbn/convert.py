@@ -52,10 +52,11 @@ def convert(
 
     Raises:
         TypeError, ValueError: a group that is none, or both kinds of group.
-        ValueError: a layer that is scripted, or of a subclass of torch.nn.SyncBatchNorm.
+        ValueError: a layer that is scripted, of a subclass of torch.nn.SyncBatchNorm, or whose forward was replaced in the
+            instance, as the offload hooks of accelerate do: convert first.
     """
     groups = process_group if callable(process_group) else lambda name, layer: process_group
-    todo: list[tuple[nn.Module, type[nn.Module], Binding]] = []
+    todo: list[tuple[Any, type[nn.Module], Binding]] = []
     for path, layer in _batch_norms(module):
         if skip is not None and skip(path, layer):
             continue
@@ -65,12 +66,15 @@ def convert(
             origin, parametrized = class_of(layer)
             bound = Binding(Group(_group_of(layer)), path, origin, parametrized)
             target = _target(path, layer, origin, parametrized)
+            _check_forward(path, layer)
         group = Group(groups(path, layer), group_size)
         if group == Group():
             group = bound.group
         todo.append((layer, target, bound._replace(group=group, path=bound.path or path)))
-    for layer, target, binding in todo:
-        _become(layer, target, binding)
+    for each, target, binding in todo:
+        if type(each) is not target:
+            _become(each, target)
+        each._syncbn = binding
     return module
 
 
@@ -79,12 +83,20 @@ def revert(module: Model) -> Model:
 
     What happened to a layer since is kept: a lazy one that has its parameters becomes what it would have become, and
     parametrizations registered or removed stay so.
+
+    Raises:
+        ValueError: the forward of a layer was replaced in the instance, as the offload hooks of accelerate do: remove
+            them first.
     """
-    for _, layer in _batch_norms(module):
+    todo: list[tuple[nn.Module, type[nn.Module]]] = []
+    for path, layer in _batch_norms(module):
         bound: Binding | None = vars(layer).get("_syncbn")
         if bound is not None and bound.origin is not None:
-            layer.__class__ = _class_before(layer, bound.origin, bound.parametrized)
-            del layer._syncbn
+            _check_forward(path, layer)
+            todo.append((layer, _class_before(layer, bound.origin, bound.parametrized)))
+    for layer, before in todo:
+        _become(layer, before)
+        del layer._syncbn
     return module
 
 
@@ -99,6 +111,20 @@ def _target(path: str, layer: nn.Module, origin: type[nn.Module], parametrized: 
     return target if parametrized is None else parametrized_class(parametrized, target)
 
 
+def _check_forward(path: str, layer: nn.Module) -> None:
+    """ValueError if a forward of the instance hides that of the class, which is all that conversion changes."""
+    replaced = vars(layer).get("forward")
+    if replaced is None or getattr(replaced, "__func__", None) is type(layer).forward:
+        return
+    hooked = "_hf_hook" in vars(layer)
+    what = "by an accelerate hook (offload)" if hooked else f"by {getattr(replaced, '__qualname__', replaced)!s}"
+    todo = "accelerate.hooks.remove_hook_from_module(model, recurse=True)" if hooked else "delete the attribute"
+    raise ValueError(
+        f"given a {type(layer).__name__} whose forward was replaced {what} in the instance, where it hides that of the class; "
+        f"expected the class's own: convert before it is replaced, or {todo} first (layer {path!r})"
+    )
+
+
 def _class_before(layer: nn.Module, origin: type[Any], parametrized: type[nn.Module] | None) -> type[nn.Module]:
     """The class that a layer would have now if it had not been converted."""
     if issubclass(origin, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
@@ -111,9 +137,10 @@ def _class_before(layer: nn.Module, origin: type[Any], parametrized: type[nn.Mod
     return parametrized_class(type(layer), origin)
 
 
-def _become(layer: Any, target: type[nn.Module], binding: Binding) -> None:
+def _become(layer: Any, target: type[nn.Module]) -> None:
+    """Change the class; a forward of the instance is that of the class before, which removed accelerate hooks leave behind."""
+    vars(layer).pop("forward", None)
     layer.__class__ = target
-    layer._syncbn = binding
 
 
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

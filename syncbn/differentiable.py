@@ -57,7 +57,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = grad.shape[-1] - ctx.constants
-        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward"), ctx.watch)
+        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward", sums=False), ctx.watch)
         return torch.cat([reduced, torch.zeros_like(grad[..., kept:])], -1), None, None, None
 
 
@@ -66,7 +66,7 @@ class _EagerAllReduce(_AllReduce):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return all_reduce(tangent, ctx.call, ctx.watch)
+        return all_reduce(tangent, ctx.call._replace(sums=False), ctx.watch)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], message: Tensor, constants: int, call: Call, watch: _Watch) -> Any:
@@ -85,6 +85,7 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
     With a mask (N, 1, *), only where it is true; y and dx are 0 elsewhere, whatever x is there.
     """
     watch = None if torch.compiler.is_compiling() else _Watch()
+    given = x
     if mask is not None:
         if torch.is_grad_enabled() and not x.requires_grad and not wanted():
             # The backward's all_reduce is issued, needed here or not, as the kernels do: another rank may have no mask.
@@ -94,7 +95,10 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
     if running is not None and (watch is None or not watch.hold):
         move(running, equations.Statistics(*(value.detach() for value in stats)))
     y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps)
-    return y if mask is None else torch.where(mask, y, 0)
+    if mask is not None:
+        y = torch.where(mask, y, 0)
+    like = torch.empty_like(given)
+    return y if y.stride() == like.stride() else like.copy_(y)
 
 
 def gradients(

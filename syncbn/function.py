@@ -41,21 +41,21 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, saved = compute.normalize(x, message, Affine(weight, bias, eps), None if hold else running)
         ctx.save_for_backward(x, *saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps, ctx.call, ctx.observers = eps, call._replace(phase="backward"), observers
+        ctx.eps, ctx.call, ctx.observers = eps, call, observers
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        saved = Saved(*rest)
+        saved, call = Saved(*rest), ctx.call._replace(phase="backward")
         dx: Tensor | None
         if torch.is_grad_enabled():  # create_graph=True
-            dx, dweight, dbias = differentiable.gradients(dy, x, saved.weight, ctx.eps, ctx.call)
+            dx, dweight, dbias = differentiable.gradients(dy, x, saved.weight, ctx.eps, call)
         else:
             compute = kernels.pick(x)
             sums = compute.gradient_sums(dy, x, saved)
             # Issued whether this rank needs dx or not: the others may.
-            message = collectives.all_reduce(sums.message, ctx.call, ctx.observers).message
+            message = collectives.all_reduce(sums.message, call, ctx.observers).message
             dx = compute.input_gradient(dy, x, saved, message) if ctx.needs_input_grad[0] else None
             dweight, dbias = sums.weight, sums.bias
         return (
@@ -202,19 +202,20 @@ def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int |
         return ValueError(f"given eps={affine.eps}; expected 0 or more")
     if channels is not None and x.shape[1] != channels:
         return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
-    named = {"weight": affine.weight, "bias": affine.bias}
-    if running is not None:
-        named |= {"running_mean": running.mean, "running_var": running.var}
-    for name, value in named.items():
+    if running is not None and not isinstance(running.momentum, (int, float, type(None))):
+        return TypeError(f"given momentum={running.momentum!r}; expected a number, or None for the average of all batches")
+    mean, var = (None, None) if running is None else (running.mean, running.var)
+    expected, device = x.shape[1:2], x.device
+    for name, value in (("weight", affine.weight), ("bias", affine.bias), ("running_mean", mean), ("running_var", var)):
         if value is None:
             continue
-        if value.shape != x.shape[1:2]:
+        if value.shape != expected:
             return ValueError(
                 f"given input of shape {tuple(x.shape)} and {name} of shape {tuple(value.shape)}; "
-                f"expected {name} of shape {tuple(x.shape[1:2])}, one value per channel"
+                f"expected {name} of shape {tuple(expected)}, one value per channel"
             )
-        if value.device != x.device:
-            return ValueError(f"given input on {x.device} and {name} on {value.device}; expected one device")
+        if value.device != device:
+            return ValueError(f"given input on {device} and {name} on {value.device}; expected one device")
         if value.dtype not in FLOATING:
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
     if torch.compiler.is_compiling():
@@ -225,7 +226,7 @@ def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int |
             "expected eval mode, or track_running_stats=False"
         )
     try:
-        kernels.pick(x)
+        kernels.check_device(x)
     except ValueError as error:
         return error
     return None

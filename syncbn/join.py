@@ -52,8 +52,9 @@ class SyncBatchNormJoin(Joinable):
     which takes any.
 
     Takes any of the wrapper's broadcast of buffers, find_unused_parameters and no_sync. What Join does not send is the state of
-    the optimizer: a rank that was out of data has momentum of its own, and even_steps keeps it alike. accelerate's
-    join_uneven_inputs serves GPUs only: on the CPU it warns and does nothing.
+    the optimizer: a rank that was out of data has momentum of its own, and even_steps keeps it alike. With accelerate
+    `accelerator.join_uneven_inputs([joined, ddp_model], even_batches=False)`, which serves GPUs only: on the CPU it warns and
+    does nothing.
 
     The layers get a group of their own, of the same ranks, for good, which cannot be pickled: save the state_dict. Their paths
     in messages become those in the wrapped model.

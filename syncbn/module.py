@@ -6,8 +6,10 @@ Requirements
     - what is ours in an instance is one attribute, `_syncbn`, which need not be there.
 """
 
+import contextlib
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +77,7 @@ class _Synchronized(_BatchNorm):
             return local(input, mean, var, affine, mean is None and var is None, mask, self._name())
         running = None
         if self.track_running_stats and mean is not None and var is not None:
-            if self._syncbn.group != ALL_RANKS.group and not torch.compiler.is_compiling():
+            if self._syncbn is not ALL_RANKS and self._syncbn.group != ALL_RANKS.group and not torch.compiler.is_compiling():
                 self._warn_if_broadcast()
             uncounted = self.momentum is None and self.num_batches_tracked is None
             running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
@@ -169,6 +171,34 @@ class SyncBatchNorm(_Synchronized):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+@contextlib.contextmanager
+def named(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The layers of ours in a model by their paths in it, or in what it wraps, which messages and calls name them by inside.
+
+    A layer that is the model itself goes by its class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    layers = {path or type(layer).__name__: layer for path, layer in inner.named_modules() if isinstance(layer, _Synchronized)}
+    if not layers:
+        raise ValueError(
+            f"given a {type(inner).__name__} without layers of syncbn; expected some: call syncbn.convert(model) first"
+        )
+    before = [(layer, vars(layer).get("_syncbn")) for layer in layers.values()]
+    try:
+        for path, layer in layers.items():
+            layer._syncbn = layer._syncbn._replace(path=path)
+        yield layers
+    finally:
+        for layer, binding in before:
+            if binding is None:
+                vars(layer).pop("_syncbn", None)
+            else:
+                layer._syncbn = binding
 
 
 class _LikeTorch(_Synchronized):

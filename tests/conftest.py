@@ -1,11 +1,17 @@
 """Shared by all tests: one thread, and memory that shows when it is read before it is written."""
 
+import hypothesis
 import pytest
 import torch
 
+# One campaign for CI, the same each time; `-m campaign` runs the long one, another each time.
+hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=100, database=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000, print_blob=True)
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    hypothesis.settings.load_profile("long" if config.getoption("markexpr") == "campaign" else "short")
 
 
 @pytest.fixture(autouse=True)

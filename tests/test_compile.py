@@ -102,6 +102,43 @@ def test_training_compiled_equals_eager(name, wrap):
         assert graphs <= 2, "one for the first size, one for all others"
 
 
+def _masked(world):
+    """Padded sequences, other lengths on each rank and step; NaN in the padding."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = syncbn.convert(nn.BatchNorm1d(4, momentum=0.5), world.group)
+    module, graphs, pairs = copy.deepcopy(eager), Graphs(), []
+    with graphs.watched():
+        compiled = torch.compile(module, fullgraph=True)
+        for n in range(len(SIZES)):
+            generator = torch.Generator().manual_seed(10 * n + world.rank)
+            length = SIZES[n][world.rank] + 1
+            mask = torch.arange(length) < torch.randint(length, (3, 1), generator=generator)
+            x = torch.randn(3, 4, length, generator=generator) * 2 + 3
+            x = torch.where(mask.unsqueeze(1), x, torch.nan)
+            pairs.append([step(Masked(m, mask), x) for m in (compiled, eager)])
+    return pairs, graphs.collectives
+
+
+class Masked(nn.Module):
+    """A layer with the mask of a batch."""
+
+    def __init__(self, layer, mask):
+        super().__init__()
+        self.layer, self.mask = layer, mask
+
+    def forward(self, x):
+        return self.layer(x, self.mask)
+
+
+def test_training_with_a_mask_compiled_equals_eager():
+    for pairs, collectives in worlds.run(2, _masked, timeout=TIMEOUT):
+        for compiled, eager in pairs:
+            assert all(value.isfinite().all() for value in eager.values())
+            assert_same(compiled, eager)
+        assert set(collectives) == {1}, "one forward, one backward"
+
+
 def _grouped(world, kind):
     """Compiled before any eager forward: the groups of a size are made while tracing."""
     torch._dynamo.reset()

@@ -141,3 +141,30 @@ def test_deepcopies_revert_by_themselves():
     syncbn.revert(built)
     assert type(twin["line"]) is syncbn.SyncBatchNorm1d
     assert classes(syncbn.revert(twin)) == classes(built)
+
+
+def _doubled(layer):
+    """The instance's forward replaced, as wrappers do that keep the class."""
+    old = layer.forward
+    layer.forward = lambda x: 2 * old(x)
+    return layer
+
+
+@pytest.mark.parametrize("function", [syncbn.convert, syncbn.revert])
+def test_a_forward_replaced_in_the_instance_is_an_error_and_nothing_changes(function):
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3))
+    if function is syncbn.revert:
+        syncbn.convert(model)
+    _doubled(model[1])
+    classes = [type(layer) for layer in model]
+    with pytest.raises(ValueError, match=r"whose forward was replaced by _doubled.<locals>.<lambda> in .*\(layer '1'\)"):
+        function(model)
+    assert [type(layer) for layer in model] == classes
+
+
+def test_the_classs_own_forward_left_in_the_instance_does_no_harm():
+    layer = nn.BatchNorm1d(2)
+    layer.forward = layer.forward
+    syncbn.convert(layer)
+    assert type(layer).forward is syncbn.SyncBatchNorm1d.forward
+    assert "forward" not in vars(layer)

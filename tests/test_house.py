@@ -134,10 +134,12 @@ def test_public_names():
         "SyncBatchNormJoin",
         "__version__",
         "accumulate_statistics",
+        "checked",
         "checkpoint_context",
         "convert",
         "even_steps",
         "fold",
+        "monitor",
         "pool_running_stats",
         "revert",
         "sync_batch_norm",
@@ -158,8 +160,10 @@ def test_every_public_name_is_documented():
 
 
 def test_the_private_torch_names_in_use_are_there():
-    """Each is used in one place: the timeout of a group, and the mark of what a trace takes as it is."""
+    """The timeout of a group, the mark of what a trace takes as it is, and whether a mode or a transform is active."""
     assert torch.compiler.assume_constant_result(lambda: None)._dynamo_marked_constant
     assert hasattr(torch.distributed.ProcessGroup, "_get_backend")
     assert hasattr(torch.distributed.ProcessGroup, "_device_types")
     assert hasattr(torch._C._distributed_c10d.Backend.Options, "_timeout")
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch._C._functorch.peek_interpreter_stack() is None

@@ -10,7 +10,7 @@ import worlds
 from test_ddp import network
 from test_steps import LOADERS, assert_same_state, one_process, share, whole
 from torch import nn
-from torch.distributed.algorithms.join import Join
+from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
@@ -148,6 +148,35 @@ def test_gradients_divided_by_the_ranks_that_have_data():
         assert_same_state(model, state, f"rank {rank}")
 
 
+def _two_groups(world):
+    """Two wrappers over two ranks each, side by side."""
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    mine = pairs[world.rank // 2]
+    loaders = [[3, 2, 2], [4]] if world.rank < 2 else [[2], [1, 5, 3]]
+    ddp = DistributedDataParallel(syncbn.convert(network(torch.float64), mine), process_group=mine)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
+    joined = SyncBatchNormJoin(ddp)
+    with Join([joined, ddp]):
+        for step, size in enumerate(loaders[world.rank % 2]):
+            x, target = share(world.rank % 2, step, size)
+            optimizer.zero_grad()
+            (F.cross_entropy(ddp(x), target, reduction="sum") * 2 / samples(loaders, step)).backward()
+            optimizer.step()
+    return loaders, ddp.module.state_dict()
+
+
+def test_wrappers_over_groups_side_by_side():
+    for rank, (loaders, state) in enumerate(result["_two_groups"] for result in results(4)):
+        model = network(torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(3):
+            x, target = whole(loaders, step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+        assert_same_state(model, state, f"rank {rank}")
+
+
 class Choosing(nn.Module):
     """Calls its layers in an order given."""
 
@@ -231,7 +260,7 @@ def _early_termination(world):
     return None
 
 
-OTHER_CASES = {2: [_another_order, _misuse, _early_termination], 3: [_two_epochs, _by_ranks_with_data], 4: []}
+OTHER_CASES = {2: [_another_order, _misuse, _early_termination], 3: [_two_epochs, _by_ranks_with_data], 4: [_two_groups]}
 
 
 def test_throw_on_early_termination():
@@ -244,3 +273,5 @@ def test_the_private_torch_names_in_use_are_there():
     assert hasattr(dist.Reducer, "_set_forward_pass_work_handle")
     assert callable(dist.distributed_c10d._get_default_store)
     assert callable(dist.ProcessGroupGloo)
+    assert "_divide_by_initial_world_size" in DistributedDataParallel._pre_forward.__code__.co_names
+    assert "_join_config" in Joinable.__init__.__code__.co_names

@@ -11,7 +11,7 @@ import torch
 from batches import Case, Result
 
 from syncbn import equations
-from syncbn.kernels import Affine, GradientSums, Running, Saved, aten
+from syncbn.kernels import Affine, GradientSums, Running, Saved, aten, compiled, pick
 
 
 class Equations:
@@ -42,7 +42,22 @@ class Equations:
         return torch.empty_like(x).copy_(equations.input_gradient(dy, x, stats, saved.weight, 0.0, message))
 
 
-KERNELS = {"aten": aten, "equations": Equations}
+class Picked:
+    """What a layer takes: the compiled kernels where the input lies in memory as they read it, else the others."""
+
+    moments = staticmethod(lambda x: pick(x).moments(x))
+    normalize = staticmethod(lambda x, *rest: pick(x).normalize(x, *rest))
+    gradient_sums = staticmethod(lambda dy, x, saved: pick(x).gradient_sums(dy, x, saved))
+    input_gradient = staticmethod(lambda dy, x, *rest: pick(x).input_gradient(dy, x, *rest))
+
+
+KERNELS = {
+    "compiled": pytest.param(Picked, marks=pytest.mark.skipif(compiled() is None, reason="needs the compiled kernels")),
+    "aten": aten,
+    "equations": Equations,
+}
+every_kernel = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+real_kernel = pytest.mark.parametrize("kernels", [KERNELS["compiled"], aten], ids=["compiled", "aten"])
 
 
 def over_shares(kernels, case: Case, seed: int = 0) -> list[Result]:
@@ -79,32 +94,31 @@ PRODUCT = [
 ]
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@every_kernel
 @pytest.mark.parametrize("space", batches.SPACES)
 @pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
 def test_every_split_dtype_and_layout_equals_the_whole_batch(kernels, space, dtype):
     cases = [case for case in PRODUCT if case.space == space and case.dtype == dtype]
     assert len(cases) == 4 * len(batches.SHARES) * len(batches.LAYOUTS)
     for case in cases:
-        batches.check(case, over_shares(KERNELS[kernels], case))
+        batches.check(case, over_shares(kernels, case))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@every_kernel
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 def test_affine_parameters_and_eps(kernels, affine, eps):
     for dtype, param_dtype in itertools.product(batches.DTYPES, (None, *batches.DTYPES)):
         case = Case(3, dtype=dtype, param_dtype=param_dtype, affine=affine, eps=eps)
-        batches.check(case, over_shares(KERNELS[kernels], case))
+        batches.check(case, over_shares(kernels, case))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@every_kernel
 @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
 @pytest.mark.parametrize("world", [1, 4])
 @pytest.mark.parametrize("form", ["NCHW", "NHWC", "NC", "blank first sample"])
 def test_precision_where_the_mean_is_far_from_zero(kernels, ratio, world, form):
     """The variance is good to 1e-6 (1e-5 behind a blank sample), y and dx to 5e-7 of their largest value, whatever mean/std."""
-    seam = KERNELS[kernels]
     generator = torch.Generator().manual_seed(3)
     channels, rows = 3, 25088
     x = (torch.randn(rows, channels, generator=generator).double() + ratio).float()
@@ -120,19 +134,19 @@ def test_precision_where_the_mean_is_far_from_zero(kernels, ratio, world, form):
             for ts in (shares, dys)
         )
     expected = oracle.batch_norm(shares, dys)
-    message = torch.stack([seam.moments(t) for t in shares]).sum(0)
+    message = torch.stack([kernels.moments(t) for t in shares]).sum(0)
     stats = equations.statistics(message)
     off = ((stats.var - expected.var) / expected.var).abs().max().item()
     assert off <= (1e-5 if blank else 1e-6), f"variance off by {off:.2g}"
     if blank:
         return
-    applied = [seam.normalize(t, message, Affine(None, None, 1e-5), None) for t in shares]
-    sums = [seam.gradient_sums(g, t, saved) for g, t, (_, saved) in zip(dys, shares, applied, strict=True)]
+    applied = [kernels.normalize(t, message, Affine(None, None, 1e-5), None) for t in shares]
+    sums = [kernels.gradient_sums(g, t, saved) for g, t, (_, saved) in zip(dys, shares, applied, strict=True)]
     total = torch.stack([s.message for s in sums]).sum(0)
     for rank, (t, g, (y, saved)) in enumerate(zip(shares, dys, applied, strict=True)):
         for name, got, want in (
             ("y", y, expected.y[rank]),
-            ("dx", seam.input_gradient(g, t, saved, total), expected.dx[rank]),
+            ("dx", kernels.input_gradient(g, t, saved, total), expected.dx[rank]),
         ):
             off = tolerance.error(got, want) / want.abs().max().item()
             assert off <= 5e-7, f"{name} of rank {rank} off by {off:.2g} of its largest value"
@@ -144,30 +158,33 @@ class Moved(NamedTuple):
     batches: int
 
 
-def _moved(values: list[float], momentum: float | None = 0.5) -> Moved:
+def _moved(kernels, values: list[float], momentum: float | None = 0.5) -> Moved:
     """Running statistics (3, 7 before) and batch count (4 before) after one batch of a single channel."""
     running = Running(torch.full((1,), 3.0), torch.full((1,), 7.0), torch.tensor(4), momentum)
     x = torch.tensor(values).reshape(-1, 1)
-    aten.normalize(x, aten.moments(x), Affine(None, None, 1e-5), running)
+    kernels.normalize(x, kernels.moments(x), Affine(None, None, 1e-5), running)
     return Moved(running.mean.item(), running.var.item(), int(running.num_batches_tracked))
 
 
-def test_counts_of_zero_and_one_keep_the_buffers_finite():
-    assert _moved([]) == Moved(3.0, 7.0, 4)
-    assert _moved([5.0]) == Moved(4.0, 7.0, 5)
-    assert _moved([5.0, 7.0]) == Moved(4.5, 4.5, 5)
-    assert _moved([], None) == Moved(3.0, 7.0, 4)
-    assert _moved([8.0, 13.0], None) == pytest.approx(Moved(3 + (10.5 - 3) / 5, 7 + (12.5 - 7) / 5, 5), rel=1e-6)
+@real_kernel
+def test_counts_of_zero_and_one_keep_the_buffers_finite(kernels):
+    assert _moved(kernels, []) == Moved(3.0, 7.0, 4)
+    assert _moved(kernels, [5.0]) == Moved(4.0, 7.0, 5)
+    assert _moved(kernels, [5.0, 7.0]) == Moved(4.5, 4.5, 5)
+    assert _moved(kernels, [], None) == Moved(3.0, 7.0, 4)
+    assert _moved(kernels, [8.0, 13.0], None) == pytest.approx(Moved(3 + (10.5 - 3) / 5, 7 + (12.5 - 7) / 5, 5), rel=1e-6)
 
 
+@real_kernel
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_stays_in_its_channel_as_in_torch(value):
+def test_a_value_that_is_not_finite_stays_in_its_channel_as_in_torch(kernels, value):
     x = torch.randn(40, 3)
     for row in range(0, 40, 7):  # among the samples of the pivot, and not
         planted = x.clone()
         planted[row, 1] = value
-        y, _ = aten.normalize(planted, aten.moments(planted), Affine(None, None, 1e-5), None)
-        assert y[:, 1].isnan().all()
-        assert y[:, ::2].isfinite().all()
-        s1 = aten.moments(planted)[1].item()
-        assert s1 == value or (value != value and s1 != s1), "the sum is that of the values"
+        for laid_out in (planted, planted.t().contiguous()[None]):
+            y, _ = kernels.normalize(laid_out, kernels.moments(laid_out), Affine(None, None, 1e-5), None)
+            assert y[:, 1].isnan().all()
+            assert y[:, ::2].isfinite().all()
+            s1 = kernels.moments(laid_out)[1].item()
+            assert s1 == value or (value != value and s1 != s1), "the sum is that of the values"

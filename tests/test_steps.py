@@ -456,6 +456,29 @@ def test_an_error_in_the_loop_of_one_rank_lets_the_others_wait_no_longer_than_th
         assert seconds < 3.5, "one timeout"
 
 
+def _unanswered(world):
+    """Rank 1 says nothing, then says one thing of the two."""
+    side, messages = side_group(world.group), []
+    for more in range(2):
+        try:
+            if world.rank == 0 or more:
+                side.gather_objects("word")
+        except RuntimeError as error:
+            messages.append((type(error).__name__, str(error), type(error.__cause__).__name__))
+            break
+        if world.rank == 1 and more == 0:
+            time.sleep(3)
+    return messages
+
+
+def test_a_control_message_without_answer_is_an_error_with_the_rank():
+    for rank, found in enumerate(worlds.run_fresh(2, _unanswered, group_timeout=2.0)):
+        ((kind, message, cause),) = found
+        assert (kind, cause) == ("CollectiveError", "RuntimeError")
+        assert f"a control message of rank {rank} of 2 in a group of 2 got no answer" in message
+        assert "within 0:00:02" in message
+
+
 def _nested(world):
     """Loops inside a loop, and two side by side, as validation and adversarial training have them."""
     counts = []

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -60,10 +60,10 @@ class _Processes:
                 self.processes.append(process)
         self.collect(range(size), START_TIMEOUT, "start")
 
-    def run(self, ranks: int, timeout: float, name: str, case: tuple) -> list[Any]:
+    def run(self, ranks: int, timeout: float, name: str, case: tuple, lost: Collection[int] = ()) -> list[Any]:
         for pipe in self.pipes[:ranks]:
             pipe.send((ranks, *case))
-        return self.collect(range(ranks), timeout, name)
+        return self.collect([rank for rank in range(ranks) if rank not in lost], timeout, name)
 
     def collect(self, ranks: Any, timeout: float, name: str) -> list[Any]:
         """The results by rank; CaseError with the first traceback, or with the ranks that did not answer."""
@@ -125,12 +125,20 @@ def run(size: int, case: Callable[..., Any], *args: Any, timeout: float = CASE_T
 
 
 def run_fresh(
-    size: int, case: Callable[..., Any], *args: Any, timeout: float = CASE_TIMEOUT, group_timeout: float = 10.0
+    size: int,
+    case: Callable[..., Any],
+    *args: Any,
+    timeout: float = CASE_TIMEOUT,
+    group_timeout: float = 10.0,
+    lost: Collection[int] = (),
 ) -> list[Any]:
-    """As `run`, on processes of its own whose default group is the world: for cases that break it."""
+    """As `run`, on processes of its own whose default group is the world: for cases that break it.
+
+    The ranks in `lost` are not heard: they end, or freeze; the results are those of the others.
+    """
     processes = _Processes(size, group_timeout)
     try:
-        return processes.run(size, timeout, case.__name__, (case, args))
+        return processes.run(size, timeout, case.__name__, (case, args), lost)
     finally:
         if processes.pipes:
             processes.stop()

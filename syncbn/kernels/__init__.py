@@ -10,6 +10,7 @@
 """
 
 import functools
+import logging
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -48,8 +49,8 @@ class GradientSums(NamedTuple):
     """The message of backward and, from the same sums, the share's own parameter gradients."""
 
     message: Tensor  # (2C,) float64 [G1, G2]
-    weight: Tensor  # (C,) float64 local dγ
-    bias: Tensor  # (C,) float64 local dβ
+    weight: Tensor  # (C,) local dγ, float64, or float32 where neither x nor weight is float64
+    bias: Tensor  # (C,) local dβ, of the same dtype
 
 
 class Kernels(Protocol):
@@ -59,6 +60,12 @@ class Kernels(Protocol):
     def normalize(self, x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]: ...
     def gradient_sums(self, dy: Tensor, x: Tensor, saved: Saved) -> GradientSums: ...
     def input_gradient(self, dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor: ...
+
+
+class Compiled(Kernels, Protocol):
+    """Kernels that do not take every tensor."""
+
+    def takes(self, x: Tensor) -> bool: ...
 
 
 def move(running: Running, stats: Statistics) -> None:
@@ -86,13 +93,42 @@ def has_float64(device_type: str) -> bool:
     return True
 
 
-def pick(x: Tensor) -> Kernels:
-    """The kernels for x. ValueError if its device has no float64."""
+@functools.cache
+def composed() -> Kernels:
+    """The kernels of every device."""
+    from . import aten
+
+    return cast(Kernels, aten)
+
+
+@functools.cache
+def compiled() -> Compiled | None:
+    """The compiled kernels of the CPU; None, said once in the log, where the library was not built."""
+    from . import cpu
+
+    if cpu.library is not None:
+        return cast(Compiled, cpu)
+    logging.getLogger("syncbn").warning(
+        "the compiled CPU kernels are not there (%s): batch norm is composed of PyTorch's operators, with the same results but "
+        "slower; install again with gcc or clang on the path to build them",
+        cpu.LIBRARY,
+    )
+    return None
+
+
+def check_device(x: Tensor) -> None:
+    """ValueError if the device of x has no float64."""
     if not has_float64(x.device.type):
         raise ValueError(
             f"given input on device {str(x.device)!r}, which has no float64; "
             "expected a device that has it, since statistics are reduced in float64: train on the CPU or a CUDA device"
         )
-    from . import aten
 
-    return cast(Kernels, aten)
+
+def pick(x: Tensor) -> Kernels:
+    """The kernels for x, whose device has float64."""
+    if x.is_cpu:
+        fast = compiled()
+        if fast is not None and fast.takes(x):
+            return fast
+    return composed()

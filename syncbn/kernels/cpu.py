@@ -1,0 +1,200 @@
+"""The kernels compiled from cpu.c, for contiguous, channels_last and (N, C) tensors: how the library is found and called.
+
+Requirements
+    - one call of the library and no operator but the allocation of results in each function: small layers are all overhead;
+    - threads are torch's, in number and in runtime: the OpenMP that torch has loaded, never a second one;
+    - what the library cannot read (other strides, subclasses, tensors under a dispatch mode) is left to `aten`.
+"""
+
+import ctypes
+import math
+import os
+import struct
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import Affine, GradientSums, Running, Saved, aten
+
+LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+PLAIN = (Tensor, torch.nn.Parameter)
+FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
+
+# The structures of cpu.c: N, C, S, dtype, threads; x, dy, out, message; mean, invstd, count; weight, bias; and, in normalize,
+# the running mean and variance, num_batches_tracked, eps, momentum, and whether the average is cumulative.
+CALL = struct.Struct("5q 4P 3P PqPq")
+NORMALIZE = struct.Struct("5q 4P 3P PqPq PqPqP 2dq")
+
+
+def load() -> Any:
+    """The library, on torch's threads; None if it was not built."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        functions = [getattr(library, f"syncbn_{name}") for name in FUNCTIONS]
+    except (OSError, AttributeError):
+        return None
+    for function in functions:
+        function.argtypes = [ctypes.c_char_p]
+    use_threads(library)
+    return library
+
+
+def use_threads(library: Any) -> None:
+    """Give the library the OpenMP functions that torch's own library has found; without them it stays on one thread.
+
+    A forked child stays on one: the runtime's threads are not in it, and to wait for them would hang.
+    """
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    library.syncbn_threads.argtypes = [ctypes.c_char_p]
+    try:
+        runtime = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        found = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in names]
+    except (OSError, AttributeError):
+        return
+    library.syncbn_threads(struct.pack("3P", *found))
+    os.register_at_fork(after_in_child=lambda: library.syncbn_threads(bytes(struct.calcsize("3P"))))
+
+
+library = load()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the library can read x (N, C, *) as it lies in memory, and nothing watches the operators that it replaces."""
+    return _is_plain(x) and (x.is_contiguous() or _channels_last(x)) and not _watched()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the values of x are those at its address."""
+    return type(x) in PLAIN and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode, or a transform that batches or traces, has to see every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    """dy as x lies in memory."""
+    if dy.stride() == x.stride() and dy.dtype == x.dtype and _is_plain(dy) and not dy._is_zerotensor():
+        return dy
+    return torch.empty_like(x).copy_(dy)
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
+    """N, C, S of the memory of x, its dtype, and how many threads there are for it."""
+    n, c, *space = x.shape
+    s = math.prod(space)
+    if s != 1 and not x.is_contiguous():
+        n, s = n * s, 1
+    return n, c, s, DTYPES[x.dtype], torch.get_num_threads()
+
+
+def _vector(value: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if value is None else (value.data_ptr(), DTYPES[value.dtype])
+
+
+def _is_vector(value: Tensor | None) -> bool:
+    """Whether the library can read a (C,) tensor, or there is none."""
+    return value is None or (type(value) in PLAIN and value.is_contiguous() and not value.is_neg())
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the sums of a batch norm layer")
+
+
+def moments(x: Tensor) -> Tensor:
+    message = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device="cpu")
+    call = CALL.pack(*_shape(x), x.data_ptr(), 0, 0, message.data_ptr(), 0, 0, 0, 0, 0, 0, 0)
+    _check(library.syncbn_moments(call))
+    return message
+
+
+def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
+    weight, bias, eps = affine
+    mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
+    if not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
+        return aten.normalize(x, message, affine, running)
+    if tracked is not None and tracked.dtype != torch.int64:
+        return aten.normalize(x, message, affine, running)
+    assert momentum is not None or tracked is not None, "momentum=None counts batches"
+    c = x.shape[1]
+    y = torch.empty_like(x)
+    saved = Saved(message.new_empty(c), message.new_empty(c), message.new_empty(()), weight)
+    call = NORMALIZE.pack(
+        *_shape(x),
+        x.data_ptr(),
+        0,
+        y.data_ptr(),
+        message.data_ptr(),
+        saved.mean.data_ptr(),
+        saved.invstd.data_ptr(),
+        saved.count.data_ptr(),
+        *_vector(weight),
+        *_vector(bias),
+        *_vector(mean),
+        *_vector(var),
+        0 if tracked is None else tracked.data_ptr(),
+        eps,
+        0.0 if momentum is None else momentum,
+        momentum is None,
+    )
+    _check(library.syncbn_normalize(call))
+    if mean is not None and var is not None:
+        torch.autograd.graph.increment_version((mean, var) if tracked is None else (mean, var, tracked))
+    return y, saved
+
+
+def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
+    mean, invstd, _, weight = saved
+    c, dy, message = x.shape[1], _like(dy, x), mean.new_empty(2 * x.shape[1])
+    dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64
+    sums = GradientSums(message, mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
+    call = CALL.pack(
+        *_shape(x),
+        x.data_ptr(),
+        dy.data_ptr(),
+        0,
+        message.data_ptr(),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        0,
+        *_vector(sums.weight),
+        *_vector(sums.bias),
+    )
+    _check(library.syncbn_gradient_sums(call))
+    return sums
+
+
+def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
+    mean, invstd, count, weight = saved
+    if not _is_vector(weight):
+        return aten.input_gradient(dy, x, saved, message)
+    dx, dy = torch.empty_like(x), _like(dy, x)
+    call = CALL.pack(
+        *_shape(x),
+        x.data_ptr(),
+        dy.data_ptr(),
+        dx.data_ptr(),
+        message.data_ptr(),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        count.data_ptr(),
+        *_vector(weight),
+        0,
+        0,
+    )
+    _check(library.syncbn_input_gradient(call))
+    return dx

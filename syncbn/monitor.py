@@ -1,0 +1,179 @@
+"""What synchronizing does in a training run, read from the messages that the layers reduce anyway.
+
+Requirements
+    - no collective, no pass over data, no wait for the device but in `read`; the bits of a distributed run stay;
+    - figures of one rank: what it sees of itself beside the sums of all;
+    - nothing is left behind in the model.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import collectives, equations
+from .collectives import Call
+from .module import named
+
+
+class LayerReport(NamedTuple):
+    """A layer's figures, means over its calls; NaN where no call had them. i = (v + ε)^(−1/2) is of the global statistics."""
+
+    mean_shift: float  # root mean square over channels of (μ_local − μ)·i: how far x̂ would be off by a local mean
+    std_shift: float  # root mean square over channels of ((v_local + ε)/(v + ε))^(1/2) − 1
+    mean_over_std: float  # largest |μ|·i of any channel and call
+    variance_error: float  # 1e-14·mean_over_std²: the relative error of v that float64 sums bring at that ratio
+    smoothness_slack: float  # Σ over channels of γ²·i²·(G1² + (G2·i)²)/n
+
+
+class Report(NamedTuple):
+    """What was seen since the monitor began, or was last read."""
+
+    seconds: float  # of that time
+    share: float  # of it in the layers' collectives, waiting for other ranks included
+    collectives: int
+    layers: dict[str, LayerReport]  # by path in the model, in its order; a layer that is the model, by its class
+
+    def flat(self, prefix: str = "syncbn/") -> dict[str, float]:
+        """As one dictionary for a logger: prefix + "share_of_step", prefix + path + "/mean_shift", ...; without what is NaN."""
+        values = {f"{prefix}share_of_step": self.share}
+        for path, layer in self.layers.items():
+            values |= {f"{prefix}{path}/{name}": value for name, value in layer._asdict().items()}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+@contextlib.contextmanager
+def monitor(model: nn.Module) -> Iterator["Monitor"]:
+    """Watch the layers of a model in the training steps run inside.
+
+        with syncbn.monitor(model) as watched:
+            for x, target in batches:
+                step(model, x, target)
+                print(watched.read())
+
+    **Does synchronizing matter here?** `mean_shift` and `std_shift` are the noise that local statistics would add on this rank.
+    Shares drawn alike from one distribution give about (1/n_local − 1/n)^(1/2) and half of (2/n_local)^(1/2) for n values per
+    channel that are independent, which positions of an image are not; ranks with other data, more.
+
+    **Precision.** `mean_over_std` is what makes E[x²] − E[x]² lose digits: 2^−24·ratio² relative to the variance with sums in
+    float32, 1e-14·ratio² (`variance_error`) with the float64 sums of syncbn.
+
+    **Smoothness.** With g the gradient of the loss by a layer's output, that by its input is smaller than γ·i·g: in squared
+    norm by at least `smoothness_slack`, per channel γ²·i²·(⟨1, g⟩² + ⟨g, x̂⟩²)/n, what batch norm's backward takes out
+    (Santurkar et al. 2018, arXiv:1805.11604, theorem 4.1). ⟨1, g⟩ and ⟨g, x̂⟩ are G1 and G2·i, which the layers reduce. It is in
+    units of the loss that each rank differentiates: that of DistributedDataParallel is W times the rank's part of the mean.
+
+    A layer in eval mode, and one in compiled code, is not seen; a masked call has no slack. The
+    layers of a process that is alone take the synchronized path while they are watched: equal to rounding, not to the bit.
+
+    Args:
+        model: any model with layers of ours, in DistributedDataParallel or not. Inside, messages name its layers by their
+            paths in it.
+
+    Raises:
+        ValueError: no layer of ours in the model.
+    """
+    with named(model) as layers:
+        watching = Monitor(layers)
+        with collectives.observe(watching):
+            yield watching
+
+
+class Monitor:
+    """An observer of the layers given, by path; `monitor` makes it."""
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        self.layers = layers
+        self._begin()
+
+    def read(self) -> Report:
+        """The figures since the beginning or the last call, which then begin anew. Between steps: waits for the device."""
+        seen, spent = self.forwards.keys() | self.slacks.keys(), [elapsed() for elapsed in self.spent]
+        seconds = time.perf_counter() - self.start
+        found = {path: _summary(self.forwards.get(path, []), self.slacks.get(path, [])) for path in self.layers if path in seen}
+        share = sum(spent) / seconds
+        self._begin()
+        return Report(seconds, share, len(spent), found)
+
+    def _begin(self) -> None:
+        self.start = time.perf_counter()
+        self.began: list[Callable[[], Callable[[], float]]] = []
+        self.spent: list[Callable[[], float]] = []  # seconds of each collective
+        self.forwards: dict[str, list[Tensor]] = {}  # (3,) of each call: mean_shift, std_shift, mean_over_std
+        self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}  # i (C,) and n () of calls whose backward may come
+        self.slacks: dict[str, list[Tensor]] = {}  # () of each backward
+
+    def before(self, call: Call, local: Tensor) -> None:
+        if call.layer in self.layers:
+            self.began.append(_stopwatch(local.device))
+
+    @torch.no_grad()
+    def after(self, call: Call, local: Tensor, reduced: Tensor) -> None:
+        layer = self.layers.get(call.layer)
+        if layer is None:
+            return
+        self.spent.append(self.began.pop()())
+        if call.phase == "forward" and call.sums and reduced.numel() == 2 * call.channels + 1:
+            self._forward(call.layer, layer.eps, local, reduced)
+        if call.phase == "backward" and call.sums and reduced.numel() == 2 * call.channels and self.pending.get(call.layer):
+            self._backward(call.layer, layer.weight, reduced)
+
+    def failed(self, call: Call, error: BaseException) -> None:
+        self.began.clear()
+
+    def _forward(self, path: str, eps: float, local: Tensor, reduced: Tensor) -> None:
+        mean, var, n = equations.statistics(reduced)
+        own_mean, own_var, own_n = equations.statistics(local)
+        invstd = (var + eps).rsqrt()
+        shift = ((own_mean - mean) * invstd).square().mean().sqrt()
+        scale = ((own_var + eps).sqrt() * invstd - 1).square().mean().sqrt()
+        nothing = torch.full_like(n, math.nan)
+        shifts = [torch.where(own_n > 0, value, nothing) for value in (shift, scale)]
+        ratio = torch.where(n > 0, (mean.abs() * invstd).max(), nothing)
+        self.forwards.setdefault(path, []).append(torch.stack([*shifts, ratio]))
+        self.pending.setdefault(path, []).append((invstd, n))
+
+    def _backward(self, path: str, weight: Tensor | None, reduced: Tensor) -> None:
+        invstd, n = self.pending[path].pop()
+        sum_dy, sum_dy_xmu = reduced.chunk(2)
+        scale = invstd if weight is None else invstd * weight
+        slack = (scale.square() * (sum_dy.square() + (sum_dy_xmu * invstd).square())).sum() / n.clamp(min=1)
+        self.slacks.setdefault(path, []).append(slack)
+
+
+def _summary(forwards: list[Tensor], slacks: list[Tensor]) -> LayerReport:
+    calls = torch.stack(forwards).cpu() if forwards else torch.full((1, 3), math.nan)
+    mean_shift, std_shift, _ = calls.nanmean(0).tolist()
+    ratios = [ratio for ratio in calls[:, 2].tolist() if not math.isnan(ratio)]
+    ratio = max(ratios, default=math.nan)
+    slack = torch.stack(slacks).mean().item() if slacks else math.nan
+    return LayerReport(mean_shift, std_shift, ratio, 1e-14 * ratio**2, slack)
+
+
+def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Starts now; a call stops it and gives a function that tells the seconds between, waiting for the device if it has to."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+
+        return stop
+    first, last = (torch.Event(device, enable_timing=True) for _ in range(2))
+    first.record()
+
+    def stop_event() -> Callable[[], float]:
+        last.record()
+
+        def elapsed() -> float:
+            last.synchronize()
+            return first.elapsed_time(last) / 1000
+
+        return elapsed
+
+    return stop_event

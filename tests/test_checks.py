@@ -1,0 +1,270 @@
+"""Checked mode: ranks that differ all raise the same at once, and those that do not go on as ever."""
+
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import worlds
+from collectives_seen import CollectivesSeen
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import syncbn
+from syncbn.collectives import Group
+from syncbn.control import side_group
+
+AT_ONCE = 6.0  # seconds, on a loaded machine; the groups' timeout is 30
+
+
+class Net(nn.Module):
+    """Two layers whose order can be chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3))
+
+    def forward(self, x, order=("first", "second")):
+        for name in order:
+            x = getattr(self, name)(x)
+        return x
+
+
+def step(model, rank, *args):
+    x = torch.randn(4 + rank, 3, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    model(x, *args).square().sum().backward()
+    return x.grad
+
+
+def skipped(model, odd, rank):
+    step(model, rank, ("second",) if odd else ("first", "second"))
+
+
+def reordered(model, odd, rank):
+    step(model, rank, ("second", "first") if odd else ("first", "second"))
+
+
+def evaluated(model, odd, rank):
+    model.second.train(not odd)
+    step(model, rank)
+
+
+def more_steps(model, odd, rank):
+    for _ in range(3 if odd else 2):
+        step(model, rank)
+
+
+def channels(model, odd, rank):
+    syncbn.convert(nn.Sequential(nn.BatchNorm1d(5 if odd else 3)))(torch.ones(4, 5 if odd else 3))
+
+
+def dtype(model, odd, rank):
+    model.double()(torch.ones(4, 3, dtype=torch.float64)) if odd else model(torch.ones(4, 3))
+
+
+def grouped(model, odd, rank):
+    """One rank's layer is over a pair of ranks."""
+    pair = dist.new_group([0, 1])
+    if odd:
+        model.first._syncbn = model.first._syncbn._replace(group=Group(pair))
+    model(torch.ones(4, 3))
+
+
+def raised(model, odd, rank):
+    step(model, rank)
+    if odd:
+        raise ZeroDivisionError("of this rank")
+    step(model, rank)
+
+
+def unused(model, odd, rank):
+    """The backward of an output that is used on other ranks only."""
+    x = torch.ones(4, 3, requires_grad=True)
+    a, b = model.first(x), model.second(x)
+    (a if odd else a + b).sum().backward()
+    step(model, rank)
+
+
+def twice(model, odd, rank):
+    """Another forward where the others are in backward."""
+    y = model(torch.ones(4, 3, requires_grad=True))
+    if odd:
+        model(torch.ones(4, 3))
+    y.sum().backward()
+
+
+def recomputed(model, odd, rank):
+    x = torch.ones(4, 3, requires_grad=True)
+    (checkpoint(model, x, use_reentrant=False) if odd else model(x)).sum().backward()
+
+
+PAIRS = "group of ranks"
+# By program: what all ranks but the odd one say, and what that one does, in the message.
+PROGRAMS = {
+    skipped: "call 1: rank 1 is in second.0 forward, ranks 0, 2 in first forward;",
+    reordered: "call 1: rank 1 is in second.0 forward, ranks 0, 2 in first forward;",
+    evaluated: "call 2: rank 1 is in first backward, ranks 0, 2 in second.0 forward;",
+    more_steps: "call 9: rank 1 is in first forward, ranks 0, 2 out of the context;",
+    channels: "call 1: rank 1 is in 0 forward (5 channels, torch.float32, group of ranks 0, 1, 2), "
+    "ranks 0, 2 in 0 forward (3 channels, torch.float32, group of ranks 0, 1, 2);",
+    dtype: "call 1: rank 1 is in first forward (3 channels, torch.float64, group of ranks 0, 1, 2), "
+    "ranks 0, 2 in first forward (3 channels, torch.float32, group of ranks 0, 1, 2);",
+    grouped: "call 1: rank 1 is in first forward (3 channels, torch.float32, group of ranks 0, 1), "
+    "ranks 0, 2 in first forward (3 channels, torch.float32, group of ranks 0, 1, 2);",
+    raised: "call 5: rank 1 failed: ZeroDivisionError: of this rank, ranks 0, 2 in first forward;",
+    unused: "call 3: rank 1 is in first backward, ranks 0, 2 in second.0 backward;",
+    twice: "call 3: rank 1 is in first forward, ranks 0, 2 in second.0 backward;",
+    recomputed: "call 3: rank 1 is in first recompute, ranks 0, 2 in second.0 backward;",
+}
+
+
+def _different(world):
+    """Each program on all ranks, of which rank 1 is the odd one."""
+    found = {}
+    for program in PROGRAMS:
+        model = syncbn.convert(Net())
+        start = time.monotonic()
+        try:
+            with syncbn.checked(model):
+                program(model, world.rank == 1, world.rank)
+        except Exception as error:
+            found[program.__name__] = type(error).__name__, str(error), time.monotonic() - start
+    found["observers"] = len(syncbn.collectives.observers())
+    found["after"] = step(model.float().train(), world.rank).isfinite().all().item()
+    return found
+
+
+@pytest.fixture(scope="module")
+def different():
+    return worlds.run_fresh(3, _different, group_timeout=30.0)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_ranks_that_differ_all_raise_at_once(different, program):
+    for rank, found in enumerate(different):
+        kind, message, seconds = found[program.__name__]
+        if program is raised and rank == 1:
+            assert (kind, message) == ("ZeroDivisionError", "of this rank"), "its own error"
+        else:
+            assert kind == "CollectiveError"
+            assert message.startswith(f"ranks differ at {PROGRAMS[program]} expected the same calls in the same order")
+        assert seconds < AT_ONCE
+
+
+def test_the_ranks_can_go_on_after_an_error(different):
+    for found in different:
+        assert found["observers"] == 0
+        assert found["after"]
+
+
+class Counted:
+    """A backend that notes the number of values that it gathers from a rank."""
+
+    def __init__(self, backend):
+        self.backend, self.sizes = backend, []
+
+    def allgather(self, outputs, inputs):
+        self.sizes.append(inputs[0].numel())
+        return self.backend.allgather(outputs, inputs)
+
+
+def _same(world, group_size):
+    """Gradients, statistics and collectives, checked and not."""
+    results, gathered = [], []
+    for context in (syncbn.checked, None):
+        torch.manual_seed(0)
+        model = syncbn.convert(Net(), world.group if group_size is None else None, group_size=group_size)
+        if world.size > 1:
+            side = side_group(dist.group.WORLD if group_size else world.group)
+            side._gloo = Counted(getattr(side._gloo, "backend", side._gloo))
+        with CollectivesSeen() as seen:
+            if context is None:
+                grads = [step(model, world.rank) for _ in range(2)]
+            else:
+                with context(model):
+                    grads = [step(model, world.rank) for _ in range(2)]
+        results.append((grads, model.state_dict(), seen.seen))
+        gathered.append(side._gloo.sizes if world.size > 1 else [])
+    return *results, gathered
+
+
+@pytest.mark.parametrize(("world", "group_size"), [(1, None), (2, None), (4, None), (4, 2)])
+def test_ranks_that_agree_get_the_same_bits_and_collectives(world, group_size):
+    for (grads, state, seen), (plain, plain_state, plain_seen), (control, off) in worlds.run(world, _same, group_size):
+        assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
+        assert all(torch.equal(state[name], plain_state[name]) for name in plain_state)
+        assert seen == plain_seen
+        assert control == ([9] * 9 if world > 1 else []), "one size: four calls in each of two steps, and the end"
+        assert off == []
+
+
+def _ended(world):
+    """Rank 1 fails after the last call of the others, who are leaving."""
+    try:
+        with syncbn.checked(model := syncbn.convert(Net(), world.group)):
+            step(model, world.rank)
+            if world.rank == 1:
+                raise KeyError("late")
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_failure_at_the_end_reaches_ranks_that_are_leaving():
+    results = worlds.run(3, _ended)
+    assert results[1] == ("KeyError", "'late'")
+    for kind, message in (results[0], results[2]):
+        assert kind == "CollectiveError"
+        assert message.startswith("ranks differ at call 5: rank 1 failed: KeyError: 'late', ranks 0, 2 out of the context;")
+
+
+def _not_finite(world, value, where):
+    """Rank 1's share, or its output gradient, holds a value that is not finite."""
+    model = syncbn.convert(Net(), world.group)
+    x = torch.randn(4, 3).requires_grad_()
+    factor = torch.ones(4, 3)
+    if world.rank == 1:
+        (x.data if where == "forward" else factor)[2, 1] = value
+    with warnings.catch_warnings(record=True) as caught, syncbn.checked(model):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            y = model(x)
+            (y * factor).square().sum().backward()
+    return [str(warning.message) for warning in caught], y.isfinite().all(0).tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_values_that_are_not_finite_are_named_once(value, where):
+    place = "first forward, call 1" if where == "forward" else "second.0 backward, call 3"
+    for texts, finite in worlds.run(3, _not_finite, value, where):
+        assert texts == [f"NaN or Inf in the share of rank 1 of 3 in {place}"]
+        assert finite == [True, where == "backward", True], "and propagates as in one process, on every rank"
+
+
+def _of_a_group(world):
+    """Ranks 1 and 3 of four have a model of their own; the others are not asked. Messages give ranks of the job."""
+    part = dist.new_group([1, 3])
+    if world.rank in (1, 3):
+        model = syncbn.convert(Net(), part)
+        try:
+            with syncbn.checked(model):
+                skipped(model, world.rank == 3, world.rank)
+        except syncbn.CollectiveError as error:
+            return str(error)
+    return None
+
+
+def test_a_group_of_some_ranks_compares_among_them():
+    results = worlds.run_fresh(4, _of_a_group)
+    assert results[0] is None
+    assert results[1] == results[3]
+    assert "rank 1 is in first forward, rank 3 in second.0 forward" in results[1]
+
+
+def test_a_model_without_layers_of_ours_is_an_error():
+    with (
+        pytest.raises(ValueError, match="given a BatchNorm1d without layers of syncbn; expected some"),
+        syncbn.checked(nn.BatchNorm1d(3)),
+    ):
+        pass

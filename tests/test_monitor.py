@@ -1,0 +1,176 @@
+"""The monitor: its figures against their definitions on the whole batch, and nothing changed by it."""
+
+import pytest
+import torch
+import worlds
+from collectives_seen import CollectivesSeen
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import syncbn
+from syncbn.monitor import LayerReport
+
+SHARES = [5, 3, 0]  # samples by rank
+EPS = 1e-3
+
+
+def network():
+    """Layers with and without γ, one of them called twice, one frozen."""
+    torch.manual_seed(0)
+    return Network().double()
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, EPS), nn.Tanh())
+        self.twice = nn.BatchNorm1d(4, EPS, affine=False)
+        self.frozen = nn.BatchNorm1d(4).eval()
+        nn.init.uniform_(self.body[1].weight, 0.5, 1.5)
+
+    def forward(self, x):
+        return self.twice(self.twice(self.frozen(self.body(x))).tanh() + 3)
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(SHARES), 3, generator=generator).double() + torch.arange(sum(SHARES)).view(-1, 1)
+    return x, torch.randn(sum(SHARES), 4, generator=generator).double()
+
+
+def step(model, x, dy):
+    model(x).backward(dy)
+
+
+def expected(sizes, rank):
+    """By layer: the figures' definitions, from the inputs and output gradients of one process."""
+    model, seen = network(), {}
+    for path in ("body.1", "twice"):
+
+        def hook(layer, args, y, path=path):
+            call = [args[0].detach(), None]
+            seen.setdefault(path, []).append(call)
+            y.register_hook(lambda g: call.__setitem__(1, g))
+
+        model.get_submodule(path).register_forward_hook(hook)
+    x, dy = data()
+    step(model, x[: sum(sizes)], dy[: sum(sizes)])
+    found = {}
+    for path, calls in seen.items():
+        weight = model.get_submodule(path).weight
+        rows = []
+        for x, g in calls:
+            n, own = len(x), x.split(list(sizes))[rank]
+            mean, invstd = x.mean(0), (x.var(0, correction=0) + EPS).rsqrt()
+            normalized = (x - mean) * invstd
+            shift = ((own.mean(0) - mean) * invstd).square().mean().sqrt().item()
+            scale = ((own.square().mean(0) - own.mean(0).square() + EPS).sqrt() * invstd - 1).square().mean().sqrt().item()
+            gamma = 1 if weight is None else weight.detach()
+            slack = (gamma**2 * invstd**2 * (g.sum(0) ** 2 + (g * normalized).sum(0) ** 2) / n).sum().item()
+            rows.append((shift, scale, (mean.abs() * invstd).max().item(), slack))
+        shifts, scales, ratios, slacks = zip(*rows, strict=True)
+        mean_of = [sum(values) / len(rows) for values in (shifts, scales, slacks)]
+        found[path] = (*mean_of[:2], max(ratios), 1e-14 * max(ratios) ** 2, mean_of[2])
+    return found
+
+
+def _watched(world, wrap):
+    sizes = SHARES[: world.size]
+    x, dy = (t[: sum(sizes)].split(sizes)[world.rank] for t in data())
+    found = []
+    for watched in (True, False):
+        model = syncbn.convert(network(), world.group)
+        outer = DistributedDataParallel(model, process_group=world.group) if wrap else model
+        with CollectivesSeen() as seen:
+            if watched:
+                with syncbn.monitor(outer) as watching:
+                    step(outer, x, dy)
+                    report = watching.read()
+                    again = watching.read()
+            else:
+                step(outer, x, dy)
+        found.append((model.state_dict(), [p.grad for p in model.parameters()], seen.seen))
+    paths = [layer._syncbn.path for layer in (model.body[1], model.twice)]
+    return found, report._asdict(), {k: tuple(v) for k, v in report.layers.items()}, again.layers, report.flat(), paths
+
+
+@pytest.mark.parametrize(("world", "wrap"), [(2, False), (2, True), (3, False)])
+def test_figures_are_those_of_the_definitions(world, wrap):
+    for rank, (both, report, layers, again, flat, paths) in enumerate(worlds.run(world, _watched, wrap)):
+        want = expected(SHARES[:world], rank)
+        assert list(layers) == ["body.1", "twice"], "in the order of the model; the frozen layer is none"
+        for path, figures in layers.items():
+            for name, got, value in zip(LayerReport._fields, figures, want[path], strict=True):
+                assert got == pytest.approx(value, rel=1e-9, nan_ok=True), f"{path} {name}"
+        assert 0 < report["share"] < 1
+        assert report["collectives"] == 6
+        assert again == {}, "read begins anew"
+        missing = {f"syncbn/{path}/{name}" for path in layers for name in ("mean_shift", "std_shift")} if rank == 2 else set()
+        names = {f"syncbn/{path}/{name}" for path in layers for name in LayerReport._fields}
+        assert set(flat) == names - missing | {"syncbn/share_of_step"}
+        assert paths == ["body.1", "twice"]
+        (state, grads, collectives), (plain_state, plain_grads, plain_collectives) = both
+        assert collectives == plain_collectives
+        assert all(torch.equal(state[name], plain_state[name]) for name in plain_state)
+        assert all(torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True))
+
+
+def test_the_slack_is_what_the_squared_gradient_norm_falls_short_by():
+    """Theorem 4.1 is an equality at ε = 0."""
+    torch.manual_seed(0)
+    layer = syncbn.SyncBatchNorm(5, eps=0.0).double()
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    x, g = torch.randn(2, 30, 5).double()
+    x = x.add_(2).requires_grad_()
+    with syncbn.monitor(layer) as watching:
+        layer(x).backward(g)
+        slack = watching.read().layers["SyncBatchNorm"].smoothness_slack
+    scale = layer.weight.detach() / x.detach().std(0, correction=0)
+    assert x.grad.square().sum().item() == pytest.approx(((scale * g).square().sum() - slack).item(), rel=1e-10)
+
+
+def test_checkpointed_masked_and_forward_mode_calls():
+    """A recomputation is no other call; a mask has no slack; tangents are no statistics."""
+    layer = syncbn.SyncBatchNorm1d(4).double()
+    x = torch.randn(6, 4).double().requires_grad_()
+    with syncbn.monitor(layer) as watching:
+        layer(x).sum().backward()
+        plain = watching.read()
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        again = watching.read()
+        layer(x, mask=torch.arange(6) < 4).sum().backward()
+        masked = watching.read()
+        layer.running_mean = layer.running_var = None  # torch.func changes no buffers
+        torch.func.jvp(layer, (x.detach(),), (torch.randn_like(x),))
+        forward = watching.read()
+    assert (plain.collectives, again.collectives) == (2, 3)
+    assert again.layers["SyncBatchNorm1d"] == plain.layers["SyncBatchNorm1d"]
+    assert masked.layers["SyncBatchNorm1d"].mean_over_std == pytest.approx(
+        (x[:4].mean(0).abs() / (x[:4].var(0, correction=0) + 1e-5).sqrt()).max().item()
+    )
+    assert "syncbn/SyncBatchNorm1d/smoothness_slack" not in masked.flat()
+    assert forward.layers["SyncBatchNorm1d"].mean_over_std == pytest.approx(plain.layers["SyncBatchNorm1d"].mean_over_std)
+
+
+def test_other_models_are_not_seen_and_names_come_back():
+    mine, other = syncbn.convert(nn.Sequential(nn.BatchNorm1d(2))), syncbn.convert(nn.BatchNorm1d(2))
+    made = syncbn.SyncBatchNorm1d(2)
+    both = nn.ModuleDict({"mine": mine, "made": made})
+    with syncbn.monitor(both) as watching:
+        other(torch.randn(4, 2))
+        assert watching.read().layers == {}
+        both["mine"](torch.randn(4, 2))
+        both["made"](torch.randn(4, 2))
+        assert list(watching.read().layers) == ["mine.0", "made"]
+    assert mine[0]._syncbn.path == "0"
+    assert "_syncbn" not in vars(made)
+    assert syncbn.collectives.observers() == ()
+
+
+def test_a_model_without_layers_of_ours_is_an_error():
+    with (
+        pytest.raises(ValueError, match="given a Sequential without layers of syncbn; expected some"),
+        syncbn.monitor(nn.Sequential(nn.BatchNorm1d(2))),
+    ):
+        pass
