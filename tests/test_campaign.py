@@ -14,7 +14,7 @@ import pytest
 import tolerance
 import torch
 import worlds
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -246,6 +246,7 @@ def _on_ranks(world, cases):
     return [run(case, world.rank, world.group) for case in cases]
 
 
+@settings(max_examples=settings().max_examples // 20 + 10)  # of eight inputs each
 @given(st.integers(2, 4).flatmap(lambda world: st.lists(inputs(world), min_size=8, max_size=8)))
 def test_several_processes(cases):
     world = len(cases[0].shares)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -35,10 +36,10 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "PROCESSES": "2"} | more
 
 
-def start(*command: object, **more: str) -> str:
+def start(*command: object, seconds: float = 100, **more: str) -> str:
     """What a command prints, with more in its environment."""
     line = [str(part) for part in command]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100, env=environment(**more), check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=seconds, env=environment(**more), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -154,42 +155,52 @@ def test_a_run_of_two_processes_goes_on_in_one(interrupted, whole, tmp_path, ste
     assert apart(read(tmp_path / "run.pt"), whole) < NEAR
 
 
+KILLS = 10 if hypothesis.settings.get_current_profile_name() == "long" else 3
 KILLED = """
-import os, signal, sys
+import os, random, signal, sys
 sys.path.insert(0, {launch!r})
 import loop, train
 
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
 open({directory!r} + f"/port-{{attempt}}-{{rank}}", "w").write(os.environ["MASTER_PORT"])
 step, taken = loop.train_step, 0
+drawn = random.Random(attempt)
+last, victim, half = drawn.randint(1, 4), drawn.choice("01"), drawn.random() < 0.5
 
 def train_step(*arguments):
     global taken
     taken += 1
-    if attempt == 0 and rank == "1" and taken == 9:
+    if attempt < {kills} and rank == victim and taken == last and not half:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(*arguments)
+    loss = step(*arguments)
+    if attempt < {kills} and rank == victim and taken == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
 
 loop.train_step = train_step
 train.main()
 """
 
 
-def test_one_node_whose_worker_is_killed_ends_as_a_run_without_interruption_to_the_bit(interrupted, tmp_path, whole):
-    """Each attempt has a store of its own: in one of torch's for all, it may try to reach those that are dead."""
+@pytest.mark.campaign
+@pytest.mark.timeout(400)
+def test_one_node_whose_workers_are_killed_many_times_ends_as_a_run_without_interruption(interrupted, tmp_path, whole):
+    """Ten times when selected by -m campaign. Either rank, at a random step, before it or after. Each attempt has a store of its own: in one for all, it may try to
+    reach those that are dead."""
     program, path = tmp_path / "program.py", tmp_path / "run.pt"
-    program.write_text(KILLED.format(launch=str(LAUNCH), directory=str(tmp_path)))
-    restarts = {"PROGRAM": str(program), "RESTARTS": "1"}
-    printed = start(LAUNCH / "one_node.sh", *OPTIONS, "--checkpoint", path, "--timeout=20", **restarts)
+    program.write_text(KILLED.format(launch=str(LAUNCH), directory=str(tmp_path), kills=KILLS))
+    restarts = {"PROGRAM": str(program), "RESTARTS": str(KILLS)}
+    options = [*OPTIONS, "--checkpoint-every=2", "--checkpoint", path, "--timeout=20"]
+    printed = start(LAUNCH / "one_node.sh", *options, seconds=380, **restarts)
     assert same_bits(read(path), read(interrupted[0] / "straight.pt"))
     assert apart(read(path), whole) < NEAR
     epoch, accuracy = re.fullmatch(r"epoch 1: loss (\d\.\d{4})\naccuracy on held-out images: (\d\.\d{3})\n", printed).groups()
     assert float(epoch) == pytest.approx(whole["progress"][1][0], abs=1e-4)
     assert float(accuracy) > 0.5
     assert not (tmp_path / "run.pt.part").exists()
-    ports = [[(tmp_path / f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(2)]
+    ports = [[(tmp_path / f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(KILLS)]
     assert all(len(set(of)) == 1 for of in ports)
-    assert len({of[0] for of in ports}) == 2
+    assert len({of[0] for of in ports}) == KILLS
 
 
 def test_local_batch_norm_is_another_network(interrupted, whole):
