@@ -185,8 +185,10 @@ train.main()
 @pytest.mark.campaign
 @pytest.mark.timeout(400)
 def test_one_node_whose_workers_are_killed_many_times_ends_as_a_run_without_interruption(interrupted, tmp_path, whole):
-    """Ten times when selected by -m campaign. Either rank, at a random step, before it or after. Each attempt has a store of its own: in one for all, it may try to
-    reach those that are dead."""
+    """Either rank, at a random step, before it or after; ten times in a campaign.
+
+    Each attempt has a store of its own: in one for all, it may try to reach those that are dead.
+    """
     program, path = tmp_path / "program.py", tmp_path / "run.pt"
     program.write_text(KILLED.format(launch=str(LAUNCH), directory=str(tmp_path), kills=KILLS))
     restarts = {"PROGRAM": str(program), "RESTARTS": str(KILLS)}
