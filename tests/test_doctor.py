@@ -117,6 +117,11 @@ def half_wrong(x, message, affine, running):
     return (y * 1.05 if x.dtype == torch.float16 else y), saved
 
 
+def composed():
+    """Batch norm by the kernels that are broken here, where the compiled ones are there too."""
+    return mock.patch.object(kernels, "compiled", return_value=None)
+
+
 NORMALIZE = aten.normalize
 BROKEN = {
     "torch": lambda: mock.patch.object(torch, "__version__", "9.9"),
@@ -137,7 +142,7 @@ BROKEN = {
 def _examined(world, breakage: str, ranks: tuple[int, ...], sizes: tuple[int, ...], *arguments: str) -> tuple[int, str]:
     """The exit status and what was printed, with something broken on some ranks."""
     broken = BROKEN[breakage]() if world.rank in ranks else contextlib.nullcontext()
-    with broken, mock.patch.object(latency, "SIZES", sizes), contextlib.redirect_stdout(io.StringIO()) as printed:
+    with broken, composed(), mock.patch.object(latency, "SIZES", sizes), contextlib.redirect_stdout(io.StringIO()) as printed:
         return run.examine(options(*arguments), CPU), printed.getvalue()
 
 
@@ -157,7 +162,9 @@ def test_four_ranks_hold():
     status, lines = examined("nothing", (), f"--model={MODULE}:small", sizes=latency.SIZES)
     assert status == 0
     assert bad(lines) == []
-    assert len([line for line in lines if line.startswith("ok   ")]) == 1 + 4 + 1 + 1 + 1
+    assert len([line for line in lines if line.startswith("ok   ")]) >= 1 + 4 + 1 + 1
+    # Four ranks on fewer cores may wait for each other.
+    assert [line for line in lines if re.match("ok   a step of the model issues the same|note ranks spend", line)]
     assert lines[0] == "4 ranks"
     assert lines[-1] == "everything holds"
     text = "\n".join(lines)
@@ -307,7 +314,9 @@ def test_the_prediction_is_the_sum_of_the_medians():
     ]
 
 
-FACTS = place.Facts("a", "Linux", "3.11.1", "2.13.0", "0.1", "12.8", "2.27.3", "570.1", "nccl", "H200", "eth0 10.0.0.1")
+FACTS = place.Facts(
+    "a", "Linux", "3.11.1", "2.13.0", "0.1", "composed", "12.8", "2.27.3", "570.1", "nccl", "H200", "eth0 10.0.0.1"
+)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +370,7 @@ def test_a_process_that_is_alone_is_examined_too(capsys, monkeypatch):
     assert "note a single process, whose layers issue no collective: start it under torchrun to examine them" in lines
     assert "its 6 collectives of 3096 bytes: predicted 0.00 ms" in "\n".join(lines)
     assert not torch.distributed.is_initialized()
-    with BROKEN["dx"]():
+    with BROKEN["dx"](), composed():
         assert main(["doctor"]) == 1
     assert len(bad(capsys.readouterr().out.splitlines())) == 4
 
@@ -467,5 +476,8 @@ def test_the_worst_of_all_repetitions_counts():
     assert latency.slowest(taken) == {Key(2, 8): Taken([4.0, 5.0], [3.0, 4.0])}
 
 
-def test_kernels_that_are_patched_are_those_in_use():
-    assert kernels.pick(torch.zeros(1)) is aten
+@pytest.mark.parametrize("there", [True, False])
+def test_the_kernels_in_use_are_named(there):
+    every = mock.Mock(takes=lambda x: True)
+    with mock.patch.object(kernels, "compiled", return_value=every if there else None):
+        assert place.facts("gloo", CPU).kernels == ("compiled" if there else "composed")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import kernels
 from .._version import __version__
 from .finding import Finding, by_rank, said_of, table
 
@@ -25,6 +26,7 @@ class Facts(NamedTuple):
     python: str
     torch: str
     syncbn: str
+    kernels: str  # compiled for this device, or composed of torch's operators
     cuda: str  # what torch was built for
     nccl: str
     driver: str  # of NVIDIA's GPUs
@@ -49,6 +51,7 @@ def facts(backend: str, device: torch.device) -> Facts:
         python=platform.python_version(),
         torch=str(torch.__version__),
         syncbn=__version__,
+        kernels="composed" if kernels.pick(torch.empty(1, 1, device=device)) is kernels.composed() else "compiled",
         cuda=torch.version.cuda or NONE,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu and backend == "nccl" else NONE,
         driver=_driver(),
