@@ -23,7 +23,6 @@
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 }; /* as in cpu.py */
 
 typedef struct { void *data; int64_t dtype; } Vector; /* (C,); data NULL: none */
-
 /* What cpu.py packs; 0 where a function has no use for it. */
 typedef struct {
     int64_t n, c, s, dtype, threads;
@@ -89,7 +88,6 @@ static struct {
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
     int (*number)(void), (*count)(void);
 } threads;
-
 void syncbn_threads(const void *functions) { memcpy(&threads, functions, sizeof threads); }
 static void run_parts(void *pointer) {
     const Work *work = pointer;
@@ -143,14 +141,18 @@ static int64_t count_parts(const Call *call) {
 
 /* Over s contiguous values of one channel; added to sums[0] and sums[c]. */
 INLINE void sum_plane(const void *x, const void *dy, int64_t i, int64_t s, double mean, int dtype, double *sums, int64_t c) {
-    double first[LANES] = {0}, second[LANES] = {0};
+    double first[LANES] = {0}, second[LANES] = {0}, a = 0, b = 0;
     const int64_t end = i + s;
-    for (; i + LANES <= end; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) ADD(first[lane], second[lane], i + lane, mean);
-    for (int lane = 0; i < end; i++, lane++) ADD(first[lane], second[lane], i, mean);
+    for (; i + LANES <= end; i += LANES) {
+        double value[LANES], factor[LANES]; /* one kind of work a loop: together they are not vectorised */
+        for (int lane = 0; lane < LANES; lane++) value[lane] = load(x, i + lane, dtype) - mean;
+        for (int lane = 0; lane < LANES; lane++) factor[lane] = dy ? load(dy, i + lane, dtype) : value[lane];
+        for (int lane = 0; lane < LANES; lane++) first[lane] += factor[lane], second[lane] += factor[lane] * value[lane];
+    }
+    for (; i < end; i++) ADD(a, b, i, mean);
     for (int half = LANES / 2; half; half /= 2)
         for (int lane = 0; lane < half; lane++) first[lane] += first[lane + half], second[lane] += second[lane + half];
-    sums[0] += first[0], sums[c] += second[0];
+    sums[0] += first[0] + a, sums[c] += second[0] + b;
 }
 
 /* Over the channels [from, to) of `tile` rows; added to first and second (C,). */
@@ -243,13 +245,11 @@ static int apply_all(const Call *call, double *coefficients) {
     free(coefficients);
     return 0;
 }
-
 /* ---- the seam; each function returns 0, or -1 if there is no memory ---- */
 int syncbn_moments(const Call *call) {
     call->message[2 * call->c] = (double)call->n * (double)call->s;
     return sum_all(call);
 }
-
 INLINE void move(Vector running, int64_t i, double momentum, double value) {
     const double old = load_or(running, i, 0);
     if (running.data) store(running.data, i, running.dtype, old + momentum * (value - old));
