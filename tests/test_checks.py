@@ -244,6 +244,31 @@ def test_values_that_are_not_finite_are_named_once(value, where):
         assert finite == [True, where == "backward", True], "and propagates as in one process, on every rank"
 
 
+def _caught(world):
+    """The error is caught inside, by one rank, which goes on."""
+    model, errors = syncbn.convert(Net(), world.group), []
+    try:
+        with syncbn.checked(model):
+            for _ in range(2):
+                try:
+                    skipped(model, world.rank == 1, world.rank)
+                except syncbn.CollectiveError as error:
+                    errors.append(str(error))
+                    if world.rank == 0:
+                        raise
+    except syncbn.CollectiveError:
+        pass
+    return errors
+
+
+def test_after_the_error_there_is_nothing_more_to_agree_on():
+    start = time.monotonic()
+    first, second = worlds.run(2, _caught)
+    assert second[0] == first[0]
+    assert second[1].startswith("in second.0 forward: checked mode ended before, with an error on every rank")
+    assert time.monotonic() - start < AT_ONCE
+
+
 def _of_a_group(world):
     """Ranks 1 and 3 of four have a model of their own; the others are not asked. Messages give ranks of the job."""
     part = dist.new_group([1, 3])
