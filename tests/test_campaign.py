@@ -6,8 +6,10 @@ Shares, layouts, dtypes, masks, constructor arguments and groups are drawn by hy
 the documentation, so that an error for a valid input fails as a wrong number does.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
+from unittest import mock
 
 import oracle
 import pytest
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import syncbn
+from syncbn import kernels
 from syncbn.collectives import Group
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(7200)]
@@ -50,6 +53,7 @@ class Input(NamedTuple):
     layout: str
     values: str
     mask: str | None
+    compiled: bool  # by the compiled kernels, where they were built, or by ATen's
     seed: int
 
 
@@ -72,8 +76,9 @@ def inputs(world):
         layout=st.sampled_from(LAYOUTS),
         values=st.sampled_from(VALUES),
         mask=st.sampled_from([None] * 5 + ["some", "wide", "none", "all", "float", "short"]),
+        compiled=st.booleans(),
         seed=st.integers(0, 2**16),
-    ).map(lambda drawn: drawn)
+    )
 
 
 def make(case, rank):
@@ -152,6 +157,11 @@ class Outcome(NamedTuple):
 
 def run(case, rank, group=None):
     """One layer's forward and backward on a rank's share."""
+    with contextlib.nullcontext() if case.compiled else mock.patch.object(kernels, "compiled", return_value=None):
+        return _run(case, rank, group)
+
+
+def _run(case, rank, group):
     x, dy, mask = make(case, rank)
     layer = None
     try:

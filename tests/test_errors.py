@@ -129,6 +129,17 @@ def test_the_probe_for_float64_sees_what_a_device_says():
     assert not kernels.has_float64("no such device")
 
 
+def test_a_momentum_that_is_no_number_changes_nothing():
+    layer = syncbn.SyncBatchNorm1d(3, momentum="0.1")
+    layer._force_sync = True
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    with pytest.raises(
+        TypeError, match=r"given momentum='0.1'; expected a number, or None .* rank 0 of 1"
+    ):
+        layer(torch.randn(4, 3))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
 def _alone_too_long(world):
     """Rank 1 never comes."""
     if world.rank == 1:
