@@ -214,7 +214,9 @@ def peak(made: nn.Module, x: Tensor) -> int:
     """Bytes that a forward and backward hold at most, beyond what there was."""
     held = most = 0
     dy = torch.randn_like(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         made(x).backward(dy)
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -133,9 +133,7 @@ def test_a_momentum_that_is_no_number_changes_nothing():
     layer = syncbn.SyncBatchNorm1d(3, momentum="0.1")
     layer._force_sync = True
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(
-        TypeError, match=r"given momentum='0.1'; expected a number, or None .* rank 0 of 1"
-    ):
+    with pytest.raises(TypeError, match=r"given momentum='0.1'; expected a number, or None .* rank 0 of 1"):
         layer(torch.randn(4, 3))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 

@@ -171,7 +171,7 @@ def test_with_more_processes_parts_end_as_a_whole_run_to_rounding(tmp_path, whol
     assert apart(parts, straight) < NEAR
 
 
-KILLS = 10 if hypothesis.settings.get_current_profile_name() == "long" else 3
+KILLS = 10 if hypothesis.settings.get_current_profile_name() == "long" else 2
 KILLED = """
 import os, random, signal, sys
 sys.path.insert(0, {launch!r})
