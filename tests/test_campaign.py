@@ -215,6 +215,7 @@ def compare(case, outcomes):
     inv = (expected.var + case.eps).rsqrt()
     ratio = (expected.mean.abs() * inv).nan_to_num(0, 0, 0).max().item()
     gain = inv if weight is None else inv * weight.double().abs()
+    largest_dy = max((dy.double().abs().max().item() for dy in dys if dy.numel()), default=0.0)  # the sums are of all ranks
     for rank, (outcome, (x, _, mask)) in enumerate(zip(outcomes, made, strict=True)):
         assert outcome.error is None, f"{outcome.error}: {outcome.message} for {case}"
         y, dx, dweight, dbias, mean, var = outcome.values
@@ -236,7 +237,7 @@ def compare(case, outcomes):
         # A constant channel has y = β, a sum of terms of the size of γ.
         size_of_y = torch.cat([expected.y[rank].flatten(), torch.ones(1) if weight is None else weight.double()])
         near("y", flat_valid(y, mask), expected.y[rank], 2 * size_of_y)
-        near("dx", flat_valid(dx, mask), expected.dx[rank], 4 * gain * (size.max() if size.numel() else 0.0))
+        near("dx", flat_valid(dx, mask), expected.dx[rank], 4 * gain * largest_dy)
         if case.affine:
             # 0 · i: a share without values has NaN where the statistics are.
             near("dweight", dweight, expected.dweight[rank] + 0 * inv, 2 * (size * xhat).sum(0))
