@@ -8,7 +8,6 @@ Requirements
 
 import contextlib
 import hashlib
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -75,8 +74,10 @@ def checked(model: nn.Module) -> Iterator[None]:
         try:
             with collectives.observe(checks):
                 yield
-        finally:
-            checks.leave(sys.exc_info()[1])
+        except BaseException as error:
+            checks.leave(error)
+            raise
+        checks.leave(None)
 
 
 def _group_of(layers: list[Any]) -> ProcessGroup | None:

@@ -269,6 +269,28 @@ def test_after_the_error_there_is_nothing_more_to_agree_on():
     assert time.monotonic() - start < AT_ONCE
 
 
+def _while_handling(world):
+    """Entered where another error is being handled, which is not one of the run inside."""
+    model = syncbn.convert(Net(), world.group)
+    try:
+        raise KeyError("before")
+    except KeyError:
+        try:
+            with syncbn.checked(model):
+                step(model, world.rank)
+                if world.rank == 1:
+                    raise ZeroDivisionError("inside")
+        except Exception as error:
+            return type(error).__name__, str(error)
+
+
+def test_an_error_handled_around_the_context_is_not_taken_for_one_inside():
+    first, second = worlds.run(2, _while_handling)
+    assert second == ("ZeroDivisionError", "inside")
+    assert first[0] == "CollectiveError"
+    assert "rank 1 failed: ZeroDivisionError: inside, rank 0 out of the context;" in first[1]
+
+
 def _of_a_group(world):
     """Ranks 1 and 3 of four have a model of their own; the others are not asked. Messages give ranks of the job."""
     part = dist.new_group([1, 3])
