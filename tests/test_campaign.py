@@ -236,12 +236,13 @@ def compare(case, outcomes):
 
         # A constant channel has y = β, a sum of terms of the size of γ.
         size_of_y = torch.cat([expected.y[rank].flatten(), torch.ones(1) if weight is None else weight.double()])
-        near("y", flat_valid(y, mask), expected.y[rank], 2 * size_of_y)
-        near("dx", flat_valid(dx, mask), expected.dx[rank], 4 * gain * largest_dy)
+        near("y", flat_valid(y, mask), expected.y[rank], size_of_y)
+        # Three terms, dy, G1/n and x̂·G2·i/n, each of the size of dy or less, but for |x̂|.
+        near("dx", flat_valid(dx, mask), expected.dx[rank], 3 * gain * largest_dy)
         if case.affine:
             # 0 · i: a share without values has NaN where the statistics are.
-            near("dweight", dweight, expected.dweight[rank] + 0 * inv, 2 * (size * xhat).sum(0))
-            near("dbias", dbias, expected.dbias[rank], 2 * size.sum(0))
+            near("dweight", dweight, expected.dweight[rank] + 0 * inv, (size * xhat).sum(0))
+            near("dbias", dbias, expected.dbias[rank], size.sum(0))
         if case.track:
             # A mean near 0 is the difference of sums as large as the values.
             near("running_mean", mean, expected.running_mean, expected.running_mean.abs() + momentum * expected.var.sqrt())

@@ -288,7 +288,7 @@ def test_an_error_handled_around_the_context_is_not_taken_for_one_inside():
     first, second = worlds.run(2, _while_handling)
     assert second == ("ZeroDivisionError", "inside")
     assert first[0] == "CollectiveError"
-    assert "rank 1 failed: ZeroDivisionError: inside, rank 0 out of the context;" in first[1]
+    assert "rank 0 is out of the context, rank 1 failed: ZeroDivisionError: inside;" in first[1]
 
 
 def _of_a_group(world):
