@@ -2,6 +2,6 @@
 
 from setuptools import Extension, setup
 
-FLAGS = ["-O3", "-g0", "-std=gnu11", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+FLAGS = ["-O3", "-g0", "-std=gnu11", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wall", "-Wextra"]
 
 setup(ext_modules=[Extension("syncbn.kernels._cpu", ["syncbn/kernels/cpu.c"], extra_compile_args=FLAGS, optional=True)])

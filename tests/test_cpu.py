@@ -59,6 +59,17 @@ def test_what_the_library_cannot_read_goes_by_aten():
 
 
 @needs_library
+def test_a_processor_without_float16_leaves_it_to_aten(monkeypatch):
+    x, weight = torch.randn(6, 4), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16)
+    expected, _ = cpu.normalize(x, cpu.moments(x), Affine(weight, None, 1e-5), None)
+    monkeypatch.delitem(cpu.DTYPES, torch.float16)
+    assert pick(x.half()) is aten
+    assert pick(x) is cpu
+    y, _ = cpu.normalize(x, cpu.moments(x), Affine(weight, None, 1e-5), None)
+    torch.testing.assert_close(y, expected)
+
+
+@needs_library
 def test_a_gradient_of_any_layout():
     x = torch.randn(4, 3, 5, 2)
     dy = torch.randn(4, 3, 5, 2)

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import Affine, GradientSums, Running, Saved, aten
 
 LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor has it
 PLAIN = (Tensor, torch.nn.Parameter)
 FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 
@@ -39,6 +39,8 @@ def load() -> Any:
         return None
     for function in functions:
         function.argtypes = [ctypes.c_char_p]
+    if not library.syncbn_has_float16():
+        DTYPES.pop(torch.float16, None)
     use_threads(library)
     return library
 
@@ -107,7 +109,7 @@ def _vector(value: Tensor | None) -> tuple[int, int]:
 
 def _is_vector(value: Tensor | None) -> bool:
     """Whether the library can read a (C,) tensor, or there is none."""
-    return value is None or (type(value) in PLAIN and value.is_contiguous() and not value.is_neg())
+    return value is None or (_is_plain(value) and value.is_contiguous())
 
 
 def _check(failed: int) -> None:
