@@ -1,6 +1,7 @@
 """What only a GPU can show: values, no host synchronisation, capture and replay of a step, Gloo with CUDA tensors, NCCL."""
 
 import copy
+import math
 
 import batches
 import pytest
@@ -10,6 +11,7 @@ from batches import Case, Result
 from test_layer import layer_for, pairs
 
 import syncbn
+from syncbn import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,7 +37,9 @@ def move(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
 @pytest.mark.parametrize("space", batches.SPACES)
-def test_values_on_one_gpu(dtype, space):
+@pytest.mark.parametrize("triton_from_bytes", [math.inf, 0], ids=["aten", "triton"])
+def test_values_on_one_gpu(dtype, space, triton_from_bytes, monkeypatch):
+    monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
     for layout in ("contiguous", "channels_last", "permuted"):
         case = Case(1, space=space, dtype=dtype, layout=layout)
         layer = layer_for(case, "module")
@@ -45,7 +49,9 @@ def test_values_on_one_gpu(dtype, space):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("shares", ["unequal", "all empty"])
-def test_a_step_never_waits_for_the_gpu(momentum, shares):
+@pytest.mark.parametrize("triton_from_bytes", [math.inf, 0], ids=["aten", "triton"])
+def test_a_step_never_waits_for_the_gpu(momentum, shares, triton_from_bytes, monkeypatch):
+    monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
     case = Case(1, shares, momentum=momentum)
     layer = layer_for(case, "module").cuda()
     layer._force_sync = True
@@ -62,8 +68,10 @@ def test_a_step_never_waits_for_the_gpu(momentum, shares):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("shares", ["unequal", "all empty"])
-def test_capture_and_replay_of_a_step(momentum, shares):
+@pytest.mark.parametrize("triton_from_bytes", [math.inf, 0], ids=["aten", "triton"])
+def test_capture_and_replay_of_a_step(momentum, shares, triton_from_bytes, monkeypatch):
     """A replayed step moves the statistics and fills the gradients as one that is run."""
+    monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
     case = Case(1, shares, momentum=momentum)
     eager = layer_for(case, "module").cuda()
     eager._force_sync = True

@@ -11,12 +11,16 @@
 
 import functools
 import logging
+import math
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..equations import Statistics, running_statistics
+
+# CUDA tensors of this many bytes or more go to the kernels in Triton. None do: they were not yet measured on a GPU.
+TRITON_FROM_BYTES = math.inf
 
 
 class Affine(NamedTuple):
@@ -116,6 +120,16 @@ def compiled() -> Compiled | None:
     return None
 
 
+@functools.cache
+def in_triton() -> Compiled | None:
+    """The kernels of CUDA devices; None where Triton is not installed."""
+    try:
+        from . import triton
+    except ImportError:
+        return None
+    return cast(Compiled, triton)
+
+
 def check_device(x: Tensor) -> None:
     """ValueError if the device of x has no float64."""
     if not has_float64(x.device.type):
@@ -129,6 +143,10 @@ def pick(x: Tensor) -> Kernels:
     """The kernels for x, whose device has float64."""
     if x.is_cpu:
         fast = compiled()
+        if fast is not None and fast.takes(x):
+            return fast
+    elif x.is_cuda and x.nbytes >= TRITON_FROM_BYTES:
+        fast = in_triton()
         if fast is not None and fast.takes(x):
             return fast
     return composed()

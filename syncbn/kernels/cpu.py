@@ -7,7 +7,6 @@ Requirements
 """
 
 import ctypes
-import math
 import os
 import struct
 import sysconfig
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from . import Affine, GradientSums, Running, Saved, aten
+from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor has it
-PLAIN = (Tensor, torch.nn.Parameter)
 FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 
 # The structures of cpu.c: N, C, S, dtype, threads; x, dy, out, message; mean, invstd, count; weight, bias; and, in normalize,
@@ -66,41 +65,12 @@ library = load()
 
 def takes(x: Tensor) -> bool:
     """Whether the library can read x (N, C, *) as it lies in memory, and nothing watches the operators that it replaces."""
-    return _is_plain(x) and (x.is_contiguous() or _channels_last(x)) and not _watched()
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether the values of x are those at its address."""
-    return type(x) in PLAIN and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
-
-
-def _watched() -> bool:
-    """Whether a dispatch mode, or a transform that batches or traces, has to see every operator."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _channels_last(x: Tensor) -> bool:
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    if x.dim() == 5:
-        return x.is_contiguous(memory_format=torch.channels_last_3d)
-    return x.movedim(1, -1).is_contiguous()
-
-
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """dy as x lies in memory."""
-    if dy.stride() == x.stride() and dy.dtype == x.dtype and _is_plain(dy) and not dy._is_zerotensor():
-        return dy
-    return torch.empty_like(x).copy_(dy)
+    return x.dtype in DTYPES and is_plain(x) and (x.is_contiguous() or is_channels_last(x)) and not is_watched()
 
 
 def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
     """N, C, S of the memory of x, its dtype, and how many threads there are for it."""
-    n, c, *space = x.shape
-    s = math.prod(space)
-    if s != 1 and not x.is_contiguous():
-        n, s = n * s, 1
-    return n, c, s, DTYPES[x.dtype], torch.get_num_threads()
+    return *planes(x), DTYPES[x.dtype], torch.get_num_threads()
 
 
 def _vector(value: Tensor | None) -> tuple[int, int]:
@@ -109,7 +79,7 @@ def _vector(value: Tensor | None) -> tuple[int, int]:
 
 def _is_vector(value: Tensor | None) -> bool:
     """Whether the library can read a (C,) tensor, or there is none."""
-    return value is None or (_is_plain(value) and value.is_contiguous())
+    return value is None or (value.dtype in DTYPES and is_plain(value) and value.is_contiguous())
 
 
 def _check(failed: int) -> None:
@@ -161,7 +131,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     mean, invstd, _, weight = saved
-    c, dy, message = x.shape[1], _like(dy, x), mean.new_empty(2 * x.shape[1])
+    c, dy, message = x.shape[1], like(dy, x), mean.new_empty(2 * x.shape[1])
     dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64
     sums = GradientSums(message, mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
     call = CALL.pack(
@@ -184,7 +154,7 @@ def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tens
     mean, invstd, count, weight = saved
     if not _is_vector(weight):
         return aten.input_gradient(dy, x, saved, message)
-    dx, dy = torch.empty_like(x), _like(dy, x)
+    dx, dy = torch.empty_like(x), like(dy, x)
     call = CALL.pack(
         *_shape(x),
         x.data_ptr(),

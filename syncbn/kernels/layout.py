@@ -1,0 +1,41 @@
+"""How a tensor lies in memory, for kernels that read it by its address."""
+
+import math
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the values of x are those at its address."""
+    return type(x) in PLAIN and x.layout is torch.strided and not x.is_neg()
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, or a transform that batches or traces, has to see every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of x (N, C, *) are its contiguous dimension, and the others in order before it."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def planes(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, S) of the memory of x, contiguous or channels_last; S = 1 where channels are the contiguous dimension."""
+    n, c, *space = x.shape
+    s = math.prod(space)
+    return (n, c, s) if s == 1 or x.is_contiguous() else (n * s, c, 1)
+
+
+def like(dy: Tensor, x: Tensor) -> Tensor:
+    """dy as x lies in memory."""
+    if dy.stride() == x.stride() and dy.dtype == x.dtype and is_plain(dy) and not dy._is_zerotensor():
+        return dy
+    return torch.empty_like(x).copy_(dy)

@@ -1,0 +1,135 @@
+"""The kernels in Triton, for CUDA devices: contiguous, channels_last and (N, C) tensors of float32, float16 or bfloat16.
+
+Requirements
+    - one launch in each of the four functions, so that with the all_reduces a layer takes three forward and three backward;
+    - the same bits every time: partial sums are merged in their order by the program that happens to come last;
+    - nothing waits for the device; offsets are 64 bits wide where 32 do not reach;
+    - values are summed in float32 about a pivot, or the mean, by lanes of some hundred values, and in float64 from there on;
+    - the choice of tiles is static: ranks that tune would do so at different speeds, and others wait for them.
+"""
+
+import math
+import struct
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import Affine, GradientSums, Running, Saved, aten, programs
+from .layout import is_channels_last, is_plain, is_watched, like, planes
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TILE = 2048  # values of a tile
+PROGRAMS = 1024  # programs, about, that share the sums of a tensor
+WIDE = 2**31 - TILE  # values that offsets of 32 bits reach
+
+INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels can read x (N, C, *) as it lies in memory, and nothing watches the operators that they replace."""
+    placed = (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.shape[1] > 0
+    return placed and is_plain(x) and (x.is_contiguous() or is_channels_last(x)) and not is_watched()
+
+
+def _sizes(x: Tensor) -> dict[str, Any]:
+    """N, C, S of the memory of x and its tiles; the choice is static, so that all ranks compile the same."""
+    n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
+    if s == 1:
+        block_c = min(triton.next_power_of_2(c), 64 if x.dtype == torch.float32 else 128)
+        kind, block_p = programs.ROWS, TILE // block_c
+    else:
+        block_c, block_p = 1, min(TILE, triton.next_power_of_2(max(n * s, 16)))
+        kind = programs.PLANES if s >= TILE // 2 else programs.SHORT
+    tiles = n * -(-s // block_p) if kind is programs.PLANES else -(-n * s // block_p)
+    shape = {"positions": n * s, "c": c, "s": s, "tiles": tiles, "KIND": kind, "IS_WIDE": x.numel() >= WIDE}
+    return shape | {"BLOCKS": -(-c // block_c), "BLOCK_P": block_p, "BLOCK_C": block_c}
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrived(x: Tensor, blocks: int) -> Tensor:
+    """(blocks,) int32 zeros, of the stream's own: the kernels put them back. A graph gets its own, zeroed at each replay."""
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    if key not in _counters or len(_counters[key]) < blocks:
+        _counters[key] = torch.zeros(max(blocks, 4096), dtype=torch.int32, device=x.device)
+    return _counters[key]
+
+
+def _sums(kernel: Any, x: Tensor, *arguments: Tensor) -> None:
+    """Launch a kernel of sums with what the splits of a sum need."""
+    sizes = _sizes(x)
+    splits = max(1, min(sizes["tiles"], PROGRAMS // sizes["BLOCKS"]))
+    partials = torch.empty(splits if splits > 1 else 0, 2, sizes["c"], dtype=torch.float64, device=x.device)
+    arrived = _arrived(x, sizes["BLOCKS"]) if splits > 1 else partials
+    _launch(kernel, x, sizes["BLOCKS"] * splits, *arguments, partials, arrived, SPLITS=splits, **sizes)
+
+
+def _launch(kernel: Any, x: Tensor, count: int, *arguments: Any, **sizes: Any) -> None:
+    """Launch `count` programs on the device of x."""
+    with torch.cuda.device_of(x):
+        kernel[(count,)](*arguments, **sizes)
+
+
+def _is_vector(value: Tensor | None) -> bool:
+    """Whether the kernels can read a (C,) tensor, or there is none."""
+    return value is None or (is_plain(value) and value.is_contiguous())
+
+
+def _pair(value: float) -> tuple[float, float]:
+    """A float as the sum of two that float32 holds, as Triton passes them."""
+    if not math.isfinite(value):
+        return value, 0.0
+    (hi,) = struct.unpack("f", struct.pack("f", value))
+    return hi, value - hi
+
+
+def moments(x: Tensor) -> Tensor:
+    message = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
+    _sums(programs.moments, x, x, message)
+    return message
+
+
+def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
+    weight, bias, eps = affine
+    mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
+    if not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
+        return aten.normalize(x, message, affine, running)
+    sizes, c, y = _sizes(x), x.shape[1], torch.empty_like(x)
+    saved = Saved(message.new_empty(c), message.new_empty(c), message.new_empty(()), weight)
+    if momentum is None:
+        assert tracked is not None, "momentum=None counts batches"
+        tracked.add_(message[-1] > 0)
+    _launch(
+        programs.normalize,
+        x,
+        sizes["BLOCKS"] * max(1, sizes["tiles"]),
+        *(x, y, message, *saved[:3], weight, bias, mean, var, tracked, *_pair(eps), *_pair(momentum or 0.0)),
+        IS_CUMULATIVE=momentum is None,
+        **sizes,
+    )
+    if mean is not None and var is not None:
+        torch.autograd.graph.increment_version((mean, var) if tracked is None else (mean, var, tracked))
+    return y, saved
+
+
+def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
+    mean, invstd, _, weight = saved
+    c, dtype = x.shape[1], torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+    sums = GradientSums(mean.new_empty(2 * c), mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
+    _sums(programs.gradient_sums, x, like(dy, x), x, mean, invstd, *sums)
+    return sums
+
+
+def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
+    if not _is_vector(saved.weight):
+        return aten.input_gradient(dy, x, saved, message)
+    sizes, dx = _sizes(x), torch.empty_like(x)
+    if x.numel():
+        count = sizes["BLOCKS"] * sizes["tiles"]
+        _launch(programs.input_gradient, x, count, like(dy, x), x, dx, message, *saved[:3], saved.weight, **sizes)
+    return dx

@@ -1,0 +1,209 @@
+"""The kernels in Triton: values by its interpreter on the CPU, in a process of its own, and compilation for an absent GPU.
+
+On a machine with a GPU, test_cuda.py runs them on it.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import batches
+import pytest
+import torch
+from allpairspy import AllPairs
+from batches import Case
+from test_kernels import _moved, over_shares
+
+from syncbn.kernels import Affine, Running, aten, in_triton, pick
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(in_triton() is None, reason="needs triton")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_by_the_interpreter")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs a compiler, not the interpreter")
+
+LAYOUTS = ("contiguous", "channels_last")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+AXES = {
+    "shares": ["unequal", "empty first", "all empty", "single"],
+    "space": ["0d", "2d", "3d", "ragged"],
+    "dtype": DTYPES,
+    "layout": LAYOUTS,
+    "affine": ["both", "weight", "bias", "none"],
+    "param_dtype": [None, torch.float64, torch.bfloat16],
+    "eps": [1e-5, 0.3],
+    "tile": [2048, 16],  # values: all of a share in one tile, or many tiles
+    "programs": [1024, 8],  # 8: a program sums several tiles
+    "wide": [2**31, 0],  # 0: offsets of 64 bits
+}
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@not_interpreted
+@pytest.mark.timeout(300)
+def test_by_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not interpreter and not compiles", __file__],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31):
+    """The kernels with tiles of another size than a GPU wants."""
+    kernels = in_triton()
+    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "WIDE", wide)
+    return kernels
+
+
+@interpreted
+@pytest.mark.parametrize("number", range(len(list(AllPairs(list(AXES.values()))))))
+def test_every_pair_of_values_of_two_axes_equals_the_whole_batch(number, monkeypatch, poisoned):
+    row = dict(zip(AXES, list(AllPairs(list(AXES.values())))[number], strict=True))
+    kernels = small(monkeypatch, row.pop("tile"), row.pop("programs"), row.pop("wide"))
+    case = Case(4, **row)
+    taken = [kernels.takes(x) for x in batches.make(case)[0]]
+    assert all(taken)
+    batches.check(case, over_shares(kernels, case))
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
+def test_precision_where_the_mean_is_far_from_zero(layout, ratio, monkeypatch):
+    kernels = small(monkeypatch, tile=512)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(16, 2, 20, 20, generator=generator).double() + ratio).float()
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    count, channels = 16 * 400, x.double().transpose(0, 1).flatten(1)
+    s1, s2, n = kernels.moments(x).split([2, 2, 1])
+    assert n.item() == count
+    var = s2 / n - (s1 / n).square()
+    assert ((var - channels.var(1, correction=0)) / channels.var(1, correction=0)).abs().max() <= 1e-6
+    message = torch.cat([channels.sum(1), channels.square().sum(1), n])
+    y, saved = kernels.normalize(x, message, Affine(None, None, 0.0), None)
+    mean, std = channels.mean(1).view(1, 2, 1, 1), channels.std(1, correction=0).view(1, 2, 1, 1)
+    expected = (x.double() - mean) / std
+    assert (y.double() - expected).abs().max() <= 5e-7 * expected.abs().max()
+    sums = kernels.gradient_sums(x, x, saved)
+    centered = channels - channels.mean(1, keepdim=True)
+    assert torch.allclose(sums.message[2:], (channels * centered).sum(1), rtol=1e-6, atol=1e-6 * count * ratio)
+
+
+@interpreted
+def test_counts_of_zero_and_one_and_the_average_of_all_batches():
+    kernels = in_triton()
+    for momentum in (0.5, None):
+        for values in ([], [5.0], [5.0, 7.0]):
+            assert _moved(kernels, values, momentum) == pytest.approx(_moved(aten, values, momentum), rel=1e-6)
+    assert _moved(kernels, [5.0, 7.0]).batches == 5
+
+
+@interpreted
+def test_momentum_and_eps_reach_the_device_in_full():
+    x = torch.randn(8, 3)
+    message = aten.moments(x)
+    moved = []
+    for kernels in (in_triton(), aten):
+        running = Running(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), None, 0.1)
+        _, saved = kernels.normalize(x, message, Affine(None, None, 1e-5), running)
+        moved.append(torch.cat([running.mean, running.var, saved.invstd]))
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-14, atol=0)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, where the interpreter computes with infinity
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_stays_in_its_channel(value, monkeypatch):
+    kernels = small(monkeypatch)
+    for row in (0, 7, 39):
+        x = torch.randn(40, 3)
+        x[row, 1] = value
+        y, _ = kernels.normalize(x, kernels.moments(x), Affine(None, None, 1e-5), None)
+        assert y[:, 1].isnan().all()
+        assert y[:, ::2].isfinite().all()
+        s1 = kernels.moments(x)[1].item()
+        assert s1 == value or (value != value and s1 != s1)
+
+
+@interpreted
+def test_what_the_kernels_do_not_read_goes_elsewhere():
+    kernels = in_triton()
+    x = torch.randn(4, 3, 5)
+    assert kernels.takes(x)
+    for other in (x.double(), x[..., ::2], x.transpose(0, 1), x[:, :0], torch._neg_view(x)):
+        assert not kernels.takes(other)
+    vector = torch.arange(1.0, 7.0)[::2]
+    message = kernels.moments(x)
+    y, saved = kernels.normalize(x, message, Affine(vector, None, 1e-5), None)
+    torch.testing.assert_close(y, aten.normalize(x, message, Affine(vector, None, 1e-5), None)[0])
+    dx = kernels.input_gradient(x, x, saved, message[:-1])
+    torch.testing.assert_close(dx, aten.input_gradient(x, x, saved, message[:-1]))
+
+
+def test_no_tensor_goes_by_them_before_they_are_measured():
+    from syncbn import kernels
+
+    assert math.inf == kernels.TRITON_FROM_BYTES
+    assert pick(torch.ones(2, 3)) is not in_triton()
+
+
+SIZES = {"positions": "i32", "c": "i32", "s": "i32", "tiles": "i32"}
+STATISTICS = {"message": "*fp64", "saved_mean": "*fp64", "saved_invstd": "*fp64", "saved_count": "*fp64"}
+MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32"}
+FLOATS = dict.fromkeys(("eps", "eps_rest", "momentum", "momentum_rest"), "fp32")
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    ("kind", "element", "wide"),
+    [("ROWS", "*fp16", False), ("PLANES", "*fp32", False), ("SHORT", "*bf16", False), ("SHORT", "*fp32", True)],
+)
+def test_every_program_compiles_for_a_gpu(kind, element, wide):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from syncbn.kernels import programs
+
+    tiles = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
+    constants = {"KIND": getattr(programs, kind), "IS_WIDE": wide, "BLOCKS": 3, **tiles}
+    sizes = SIZES | ({"positions": "i64"} if wide else {})
+    backward = {"dy": element, "x": element}
+    all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}
+    no_vectors = dict.fromkeys((*VECTORS, "tracked"))
+    sources = [
+        *((programs.moments, {"x": element, **MERGE}, {"SPLITS": splits}) for splits in (1, 8)),
+        (
+            programs.gradient_sums,
+            {**backward, "mean": "*fp64", "invstd": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE},
+            {"SPLITS": 8},
+        ),
+        (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS, **all_vectors}, {"IS_CUMULATIVE": False}),
+        (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS, **all_vectors}, {"IS_CUMULATIVE": True}),
+        (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS}, {"IS_CUMULATIVE": False, **no_vectors}),
+        (programs.input_gradient, {**backward, "dx": element, **STATISTICS, "weight": "*bf16"}, {}),
+    ]
+    for program, pointers, more in sources:
+        known = constants | more
+        signature = {name: ({**sizes, **pointers}.get(name) or "constexpr") for name in program.arg_names}
+        assert set(known) == {name for name, kind in signature.items() if kind == "constexpr"}
+        made = triton.compile(ASTSource(program, signature, known), target=GPUTarget("cuda", 90, 32))
+        assert made.asm["cubin"]
