@@ -11,12 +11,12 @@ import statistics
 import tempfile
 import time
 
-import rows
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 from syncbn import collectives
+from syncbn.bench import rows
 from syncbn.collectives import Call, Group
 
 

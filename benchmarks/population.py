@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import fvcore.nn.precise_bn as fvcore
-import rows
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import syncbn
+from syncbn.bench import rows
 
 TRAINED = 1437  # images; the others are held out
 State = dict[str, Tensor]

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 
-import rows
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -22,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn.bench import rows
 
 LIMIT = 2**20  # bytes
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .bench.run import add_command as add_bench
 from .demo.run import add_command as add_demo
 from .doctor.run import add_command as add_doctor
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     add_demo(commands)
     add_doctor(commands)
+    add_bench(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

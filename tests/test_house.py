@@ -25,6 +25,8 @@ LAYERS = [
     {"subclass"},
     {"convert"},
 ]
+# What benchmarks compare ours with issues collectives of its own.
+COMPARED = [("bench", "peers"), ("bench", "messages")]
 FRAMEWORKS = {"pytorch_lightning", "lightning", "accelerate", "triton", "numpy", "sklearn", "matplotlib", "tqdm"}
 
 
@@ -43,7 +45,9 @@ def imports(source: str, package: tuple[str, ...]) -> set[str]:
 
 def may_communicate(parts: tuple[str, ...], name: str) -> bool:
     """Whether a file may import a name of torch.distributed."""
-    return parts in (("collectives",), ("control",)) or (parts == ("join",) and name.startswith("torch.distributed.algorithms"))
+    if parts in (("collectives",), ("control",), *COMPARED):
+        return True
+    return parts == ("join",) and name.startswith("torch.distributed.algorithms")
 
 
 def layer_of(name: str) -> int:
@@ -90,6 +94,8 @@ def test_imports_run_one_way():
         ("steps.py", "import torch.distributed as dist"),
         ("join.py", "import torch.distributed as dist"),
         ("convert.py", "from accelerate import Accelerator"),
+        ("bench/step.py", "import torch.distributed as dist"),
+        ("module.py", "import torch.distributed as dist"),
     ],
 )
 def test_a_wrong_arrow_is_seen(file, source):

@@ -1,0 +1,1 @@
+"""`python -m syncbn bench`: what syncbn costs, beside its peers."""

@@ -1,0 +1,83 @@
+"""The named cases of the layer benchmark.
+
+Layouts: contiguous and channels_last of (N, C, H, W), "rows" (N, C), both of (N, C, D, H, W).
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]
+ROWS = [(4096, 2048), (256, 64)]
+VOLUMES = [(2, 64, 8, 56, 56), (2, 128, 8, 28, 28), (2, 512, 4, 7, 7)]
+IMAGES = 8
+QUICK = [(64, 56), (256, 14), (512, 7)]  # also those that torch.compile is run on
+SMALL = 2**19  # values; what is smaller is repeated more often
+
+
+class Case(NamedTuple):
+    layout: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def by_compiler(self) -> bool:
+        """Whether the variants under torch.compile, which take long, are run on it."""
+        return self.dtype == torch.float32 and len(self.shape) == 4 and self.shape[1:3] in QUICK
+
+    @property
+    def small(self) -> bool:
+        return torch.Size(self.shape).numel() < SMALL
+
+    def layer(self) -> nn.Module:
+        """Torch's, with weights and biases that are not the identity."""
+        kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(self.shape)]
+        made = kind(self.shape[1])
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            made.weight.uniform_(0.5, 1.5, generator=generator)
+            made.bias.normal_(generator=generator)
+        return made
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """x and dy, of mean/std 1/2 and none."""
+        generator = torch.Generator().manual_seed(0)
+        x, dy = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        memory = formats[len(self.shape)] if self.layout.startswith("channels_last") else torch.contiguous_format
+        x += 0.5
+        return x.to(self.dtype, memory_format=memory), dy.to(self.dtype, memory_format=memory)
+
+
+def shapes(quick: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(layout, shape) of every case."""
+    for layout in ("contiguous", "channels_last"):
+        for channels, size in QUICK if quick else RESNET50:
+            yield layout, (IMAGES, channels, size, size)
+    if quick:
+        return
+    for shape in ROWS:
+        yield "rows", shape
+    for volume in VOLUMES:
+        yield "contiguous 3d", volume
+        yield "channels_last 3d", volume
+
+
+def chosen(options: argparse.Namespace) -> list[Case]:
+    """The cases of the command's options, threads outermost; --shapes and --layouts keep some of them."""
+    made = [
+        Case(layout, shape, getattr(torch, dtype), threads)
+        for threads in options.threads
+        for dtype in options.dtypes
+        for layout, shape in shapes(options.quick)
+    ]
+    kept = [case for case in made if not options.shapes or case.name in options.shapes]
+    return [case for case in kept if not options.layouts or case.layout in options.layouts]

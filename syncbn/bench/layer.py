@@ -1,0 +1,142 @@
+"""`bench layer`: forward and backward of one layer on one process, over torch's own batch norm, which synchronizes nothing.
+
+Requirements
+    - ours synchronizes with itself: its whole path but the collective;
+    - all variants of a case run in turn, in one process, on the same values; every one of them passed the equality check;
+    - a variant that cannot run here is named with the reason.
+"""
+
+import argparse
+import copy
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import kernels
+from ..doctor.finding import table
+from . import agreement, check, peers, rows
+from .cases import Case, chosen
+from .memory import peak
+from .peers import PEERS, TORCH
+from .rows import Row
+from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
+
+KEYS = ("variant", "dtype", "layout", "threads")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every case, then append the rows or compare them with those recorded; the exit status."""
+    device = torch.device(options.device)
+    variants = runnable(options.variants, device)
+    measured: list[Row] = []
+    before = torch.get_num_threads()
+    try:
+        for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
+            torch.set_num_threads(case.threads)
+            measured += measure(case, variants, options.repeats, device)
+    finally:
+        torch.set_num_threads(before)
+    print(summary(measured))
+    if options.check:
+        return check.report(measured, rows.read("layer", options.results), rows.circumstances(options.device))
+    print(f"rows appended to {_shown(rows.append('layer', measured, options.results, options.device))}")
+    return 0
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def runnable(names: Sequence[str], device: torch.device) -> list[str]:
+    """Those that can be run on the device, torch's own first; what cannot is said."""
+    kept = [TORCH]
+    for name in dict.fromkeys(names):
+        reason = peers.available(name, device)
+        if reason is not None:
+            print(f"syncbn bench: {name} ({PEERS[name].what}) is skipped: {reason}", file=sys.stderr)
+        elif name != TORCH:
+            kept.append(name)
+    return kept
+
+
+def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.device) -> list[Row]:
+    """A row for each variant.
+
+    Raises:
+        DisagreementError: a variant is not batch norm; nothing is reported.
+    """
+    theirs = case.layer().to(device)
+    x, dy = (tensor.to(device) for tensor in case.tensors())
+    names = [name for name in variants if case.by_compiler or not PEERS[name].compiled]
+    torch._dynamo.reset()
+    wanted = agreement.expected(theirs, x, dy)
+    steps = {}
+    for name in names:
+        told = f"{name}, {case.dtype}, {case.layout}, {case.name}".replace("torch.", "")
+        agreement.require(told, functools.partial(_outputs, name, x, dy), theirs, wanted, case.dtype)
+        steps[name] = step(name, theirs, x, dy)
+    del wanted
+    bytes_held = {name: peak(run, device) for name, run in steps.items()}
+    repeats *= 4 if case.small else 1
+    taken = interleaved(steps, repeats, device, warm_up=2)
+    found = []
+    for name in names:
+        over = ratio(taken[name], taken[TORCH])
+        found.append(
+            {
+                "variant": name,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "layout": case.layout,
+                "shape": case.name,
+                "threads": case.threads,
+                "device": device.type,
+                **microseconds(quartiles(taken[name])),
+                "ratio": round(over.median, 3),
+                "ratio_lower_quartile": round(over.lower, 3),
+                "ratio_upper_quartile": round(over.upper, 3),
+                "peak_bytes": bytes_held[name],
+                "peak_over_torch": round(bytes_held[name] / bytes_held[TORCH], 3),
+                "repeats": repeats,
+            }
+        )
+    return found
+
+
+def _outputs(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.Outputs:
+    with peers.using(name):
+        if PEERS[name].kernels == "aten":
+            assert kernels.pick(x) is kernels.composed(), "the compiled kernels are hidden"
+        return agreement.outputs(peers.make(name, layer), x, dy)
+
+
+def step(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """A forward and backward of the peer's layer on its own leaf, which keeps no gradient."""
+    made, leaf = peers.make(name, copy.deepcopy(layer)), x.detach().requires_grad_()
+
+    def run() -> None:
+        with peers.using(name):
+            made(leaf).backward(dy)
+        leaf.grad = None
+
+    run()  # compiles where it has to
+    return run
+
+
+def summary(measured: Sequence[Row]) -> str:
+    """Geometric means over the shapes, what they lose, and memory; torch's own is 1 by definition."""
+    lines: list[Sequence[object]] = [(*KEYS, "over torch", "best", "worst", "slower at", "peak memory")]
+    for key in dict.fromkeys(tuple(row[name] for name in KEYS) for row in measured):
+        of = [row for row in measured if tuple(row[name] for name in KEYS) == key]
+        if key[0] == TORCH:
+            continue
+        ratios = [row["ratio"] for row in of]
+        slower = f"{sum(one > 1 for one in ratios)} of {len(ratios)} shapes"
+        held = f"{geometric_mean(row['peak_over_torch'] for row in of):.2f}"
+        shown = (f"{value:.2f}" for value in (geometric_mean(ratios), min(ratios), max(ratios)))
+        lines.append((*key, *shown, slower, held))
+    return table(lines)

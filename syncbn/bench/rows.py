@@ -1,0 +1,123 @@
+"""Rows of measurements: appended to a CSV, each with the hardware, versions, commit and command that made it.
+
+Requirements
+    - append only, and never under other columns than a file has;
+    - a row names no path of the machine that it was made on.
+"""
+
+import csv
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+
+Row = dict[str, Any]
+HERE = Path(__file__).parent
+
+
+class RowError(ValueError):
+    """Rows do not fit the file that they are for."""
+
+
+def directory(given: Path | None = None) -> Path:
+    """Where rows go: the directory given, else benchmarks/results of the checkout one stands in, else ./syncbn-bench."""
+    if given is not None:
+        return given
+    stands_in = Path.cwd()
+    for place in (stands_in, *stands_in.parents):
+        if (place / "benchmarks" / "results").is_dir() and (place / "syncbn").is_dir():
+            return place / "benchmarks" / "results"
+    return stands_in / "syncbn-bench"
+
+
+def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = None, device: str = "cpu") -> Path:
+    """Append rows to NAME.csv, which has the columns of the rows and those of `circumstances`.
+
+    Raises:
+        RowError: the file, or one row of them, has other columns.
+    """
+    path = directory(where) / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = [dict(row) | circumstances(device) for row in rows]
+    if not whole:
+        return path
+    columns = list(whole[0])
+    new = not path.exists() or not path.stat().st_size
+    there = columns if new else next(csv.reader([path.read_text().split("\n", 1)[0]]))
+    for row in whole:
+        if list(row) != there:
+            raise RowError(f"{path.name} has the columns {', '.join(there)}; given {', '.join(row)}; nothing is appended")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(whole)
+    return path
+
+
+def read(name: str, where: Path | None = None) -> list[dict[str, str]]:
+    """The rows of NAME.csv as text, the oldest first; none if there is no such file."""
+    path = directory(where) / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def circumstances(device: str = "cpu") -> dict[str, str]:
+    """When, where and by what a row was made."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "hardware": hardware(device),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "commit": commit(),
+        "command": command(sys.argv),
+    }
+
+
+def hardware(device: str = "cpu") -> str:
+    """The processor and the number of cores, or the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores"
+
+
+def commit() -> str:
+    """The commit of the checkout, marked if anything but recorded results has changed; of an installation, the version."""
+    if not _git("ls-files", "--", __file__):
+        return f"version {__version__}"
+    top = _git("rev-parse", "--show-toplevel")
+    changed = _git("-C", top, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return _git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line, as one types it in the checkout."""
+    program, *rest = arguments
+    path = Path(program)
+    if path.name in ("__main__.py", "syncbn"):
+        return shlex.join(["python", "-m", "syncbn", *rest])
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return shlex.join(["python", path.name if path.is_absolute() else str(path), *rest])

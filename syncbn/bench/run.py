@@ -1,0 +1,168 @@
+"""`python -m syncbn bench`: options, which benchmark runs, and the exit status.
+
+Requirements: help needs nothing but torch; nothing is reported where a result is wrong; rows say how they were made.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Subcommands = Any  # argparse's, which cannot be subscripted when the program runs
+NEEDED = ("matplotlib", "tqdm")
+DTYPES = ("float32", "bfloat16", "float16")
+VARIANTS = ("torch", "torch-inductor", "torch-sync", "plain", "plain-inductor", "syncbn", "syncbn-aten", "syncbn-inductor")
+
+
+def add_command(commands: Subcommands) -> None:
+    """Add `bench` and its commands to the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure the layer, a training step, scaling and accuracy beside peers, and draw what was measured",
+        description="Measure in interleaved runs, print medians and ratios, and append rows to CSV files with the hardware, "
+        "versions, commit and command. Exit status: 0; 1 if a result is wrong, which is then not reported, or --check found a "
+        "ratio that grew; 2 for a usage error, or nothing to check against; 130 if interrupted.",
+    )
+    kinds = parser.add_subparsers(title="benchmarks", metavar="<benchmark>", required=True)
+    for add in (_layer, _accuracy, _step, _scaling, _plot):
+        made: argparse.ArgumentParser = add(kinds)
+        made.add_argument("--results", type=Path, metavar="DIR", help=RESULTS)
+
+
+RESULTS = "where rows are; default: benchmarks/results of the checkout one stands in, else ./syncbn-bench"
+DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
+
+
+def _parser(kinds: Subcommands, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text, formatter_class=DEFAULTS)
+    parser.set_defaults(run=lambda options: run(name, options))
+    return parser
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {least} or more")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of an option that takes numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0")
+    return value
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+
+
+def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument("--repeats", type=whole(2), default=default, metavar="N", help="of each variant")
+
+
+def _layer(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "layer", "forward and backward of one layer on one process, over torch's local batch norm")
+    parser.add_argument(
+        "--threads", type=whole(1), nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N", help="CPU"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the input")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside torch's own")
+    parser.add_argument("--shapes", nargs="+", metavar="NxCx...", help="these alone, as rows name them; default: all")
+    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="these alone, as rows name them; default: all")
+    parser.add_argument("--quick", action="store_true", help="three shapes")
+    parser.add_argument("--check", action="store_true", help="append nothing; compare with the rows of this hardware and torch")
+    _device(parser)
+    _repeats(parser, 15)
+    return parser
+
+
+def _accuracy(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "accuracy", "error of every output against float64, by mean/std of the channels")
+    default = ["torch", "plain", "syncbn", "syncbn-aten"]
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default, help="beside torch's own")
+    for name, value in (("images", 8), ("channels", 16), ("size", 56)):
+        parser.add_argument(f"--{name}", type=whole(1), default=value, metavar="N", help="of the input")
+    _device(parser)
+    return parser
+
+
+def _step(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "step", "a data-parallel training step of a ResNet-18, over the same with local batch norm")
+    parser.add_argument("--ranks", type=whole(1), nargs="+", default=[1, 2, 4], metavar="N", help="processes")
+    parser.add_argument("--images", type=whole(1), default=16, metavar="N", help="of 64×64, on each rank")
+    parser.add_argument("--width", type=whole(1), default=64, metavar="N", help="channels of the first stage")
+    parser.add_argument("--timeout", type=positive, default=1800.0, metavar="S", help="seconds for each number of ranks")
+    _device(parser)
+    _repeats(parser, 20)
+    return parser
+
+
+def _scaling(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "scaling", "latency of the collectives here, a model of it, and its projection to many ranks")
+    parser.add_argument("--ranks", type=whole(2), nargs="+", default=list(range(2, 9)), metavar="N", help="processes measured")
+    parser.add_argument("--channels", type=whole(1), nargs="+", default=[64, 512, 2048, 16384], metavar="C", help="of messages")
+    parser.add_argument("--nodes", choices=("auto", "one"), default="auto", help="auto: in two network namespaces too, as root")
+    parser.add_argument("--node-size", type=whole(1), default=8, metavar="N", help="GPUs of a modelled node")
+    parser.add_argument("--bandwidth", type=positive, default=25.0, metavar="GB/S", help="assumed, of a GPU's network")
+    parser.add_argument("--images", type=whole(1), default=32, metavar="N", help="on each rank, weak scaling")
+    parser.add_argument("--global-batch", type=whole(1), default=32768, metavar="N", help="images, strong scaling")
+    parser.add_argument("--image-microseconds", type=positive, default=400.0, metavar="T", help="assumed, of one image's step")
+    parser.add_argument("--floor-milliseconds", type=positive, default=8.0, metavar="T", help="assumed: no step is shorter")
+    parser.add_argument("--timeout", type=positive, default=600.0, metavar="S", help="seconds for each number of ranks")
+    _device(parser)
+    _repeats(parser, 100)
+    return parser
+
+
+def _plot(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "plot", "draw layer.png and scaling.png beside the rows, from the rows alone")
+    parser.add_argument("--hardware", metavar="TEXT", help="of the rows to draw; default: that of the last row")
+    return parser
+
+
+def run(name: str, options: argparse.Namespace) -> int:
+    """Run a benchmark; the exit status."""
+    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        return say(f'{", ".join(missing)} not installed; expected what the benchmarks need: pip install "syncbn[bench]"')
+    import torch
+
+    if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        return say("given --device cuda, and there is no GPU; expected one")
+    from .agreement import DisagreementError
+    from .processes import ProcessError
+    from .rows import RowError
+
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status: int = importlib.import_module(f"syncbn.bench.{name}").run(options)
+        return status
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except DisagreementError as error:
+        return say(f"{error}; nothing is reported")
+    except (ProcessError, RowError) as error:
+        return say(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def say(message: str) -> int:
+    """One line on standard error; the status of a failure."""
+    print(f"syncbn bench: {message}", file=sys.stderr, flush=True)
+    return 1
