@@ -54,7 +54,7 @@ def measure(world_size: int, channels: Sequence[int], repeats: int, device: torc
                 seconds = []
                 for length, phase in ((2 * count + 1, "forward"), (2 * count, "backward")):
                     call = Call("doctor", phase, count, torch.float64, group)
-                    _meet(groups[world_size], device)
+                    meet(groups[world_size], device)
                     message = torch.full((length,), group.rank() + 1.0, dtype=torch.float64, device=device)
                     taken, reduced = timed(functools.partial(collectives.all_reduce, message, call), device)
                     seconds.append(taken)
@@ -66,7 +66,7 @@ def measure(world_size: int, channels: Sequence[int], repeats: int, device: torc
     return measured
 
 
-def _meet(world: collectives.ProcessGroup | None, device: torch.device) -> None:
+def meet(world: collectives.ProcessGroup | None, device: torch.device) -> None:
     """So that what is measured next is no waiting for a late rank."""
     message = torch.zeros(1, dtype=torch.float64, device=device)
     collectives.all_reduce(message, Call("doctor", "control", 0, torch.float64, world))

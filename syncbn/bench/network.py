@@ -1,0 +1,59 @@
+"""The network of the step benchmark: a ResNet-18 (He et al. 2015, arXiv:1512.03385), 20 batch norm layers, for 64×64 images."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+CLASSES = 100
+SIZE = 64  # pixels
+
+
+class Residual(nn.Module):
+    """Two 3×3 convolutions, each with batch norm, around which the input passes; a stride halves height and width."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def network(width: int = 64) -> nn.Sequential:
+    """(N, 3, 64, 64) → (N, 100); stages of width, 2·, 4· and 8·width channels on 32×32 to 4×4 positions."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    inputs = width
+    for stage in range(4):
+        outputs = width << stage
+        layers += [Residual(inputs, outputs, 1 if stage == 0 else 2), Residual(outputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
+
+
+def replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Every nn.BatchNorm2d inside by what `make` makes of it, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, make(child))
+        else:
+            replace(child, make)
+    return module
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """Without the broadcast of buffers, which synchronized layers do not need and local ones would pay for."""
+    torchs = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in torchs else "broadcast_buffers"  # the older one
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
