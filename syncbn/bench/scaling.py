@@ -154,9 +154,7 @@ def model_rows(models: Fits) -> list[Row]:
     ]
 
 
-def _point(
-    kind: str, machine: str, operation: str, ranks: int, size: int, seconds: tuple[float, float, float], note: str
-) -> Row:
+def _point(kind: str, machine: str, operation: str, ranks: int, size: int, seconds: Sequence[float], note: str) -> Row:
     low, middle, high = (round(1e6 * value, 2) for value in seconds)
     of = {"kind": kind, "machine": machine, "operation": operation, "ranks": ranks, "bytes": size}
     return of | {"microseconds": middle, "microseconds_lower": low, "microseconds_upper": high, "note": note}
