@@ -84,27 +84,26 @@ def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.dev
     bytes_held = {name: peak(run, device) for name, run in steps.items()}
     repeats *= 4 if case.small else 1
     taken = interleaved(steps, repeats, device, warm_up=2)
-    found = []
-    for name in names:
-        over = ratio(taken[name], taken[TORCH])
-        found.append(
-            {
-                "variant": name,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "layout": case.layout,
-                "shape": case.name,
-                "threads": case.threads,
-                "device": device.type,
-                **microseconds(quartiles(taken[name])),
-                "ratio": round(over.median, 3),
-                "ratio_lower_quartile": round(over.lower, 3),
-                "ratio_upper_quartile": round(over.upper, 3),
-                "peak_bytes": bytes_held[name],
-                "peak_over_torch": round(bytes_held[name] / bytes_held[TORCH], 3),
-                "repeats": repeats,
-            }
-        )
-    return found
+    return [_row(case, name, taken, bytes_held, device) for name in names]
+
+
+def _row(case: Case, name: str, taken: dict[str, list[float]], bytes_held: dict[str, int], device: torch.device) -> Row:
+    over = ratio(taken[name], taken[TORCH])
+    return {
+        "variant": name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+        "shape": case.name,
+        "threads": case.threads,
+        "device": device.type,
+        **microseconds(quartiles(taken[name])),
+        "ratio": round(over.median, 3),
+        "ratio_lower_quartile": round(over.lower, 3),
+        "ratio_upper_quartile": round(over.upper, 3),
+        "peak_bytes": bytes_held[name],
+        "peak_over_torch": round(bytes_held[name] / bytes_held[TORCH], 3),
+        "repeats": len(taken[name]),
+    }
 
 
 def _outputs(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.Outputs:

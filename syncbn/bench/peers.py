@@ -7,6 +7,7 @@ Requirements
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -118,6 +119,8 @@ def available(name: str, device: torch.device) -> str | None:
     peer = PEERS[name]
     if peer.cuda_only and device.type != "cuda":
         return "torch.nn.SyncBatchNorm has no CPU implementation"
+    if peer.compiled and device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "torch.compile needs a C++ compiler"
     if peer.kernels == "compiled" and kernels.pick(torch.empty(2, 2, 2, 2, device=device)) is kernels.composed():
         return "the compiled kernels were not built here"
     return None
