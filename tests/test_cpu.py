@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
 from syncbn import equations, kernels
+from syncbn.bench import memory
 from syncbn.kernels import Affine, Running, Saved, aten, cpu, pick
 
 needs_library = pytest.mark.skipif(cpu.library is None, reason="needs the compiled kernels")
@@ -223,17 +224,8 @@ def test_x_and_values_per_channel_are_all_that_is_saved(compiled, monkeypatch):
 
 def peak(made: nn.Module, x: Tensor) -> int:
     """Bytes that a forward and backward hold at most, beyond what there was."""
-    held = most = 0
-    dy = torch.randn_like(x)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        made(x).backward(dy)
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    dy, x.grad = torch.randn_like(x), None
+    return memory.peak(lambda: made(x).backward(dy), x.device)
 
 
 @needs_library

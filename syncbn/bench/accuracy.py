@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..doctor.finding import table
-from . import agreement, rows
+from . import agreement, processes, rows
 from .agreement import Outputs
-from .layer import _outputs, runnable
+from .layer import outputs_of, runnable
 from .rows import Row
 
 RATIOS = tuple(10.0**power for power in range(7))
@@ -30,9 +30,10 @@ def run(options: argparse.Namespace) -> int:
     variants = runnable(options.variants, device)
     shape = (options.images, options.channels, options.size, options.size)
     measured: list[Row] = []
-    for ratio in tqdm(RATIOS, "accuracy", unit=" ratios", disable=None, dynamic_ncols=True):
-        for layout in LAYOUTS:
-            measured += measure(variants, shape, layout, ratio, device)
+    with processes.alone(device):
+        for ratio in tqdm(RATIOS, "accuracy", unit=" ratios", disable=None, dynamic_ncols=True):
+            for layout in LAYOUTS:
+                measured += measure(variants, shape, layout, ratio, device)
     print(shown(measured))
     print(f"rows appended to {rows.append('accuracy', measured, options.results, options.device).name}")
     return 0
@@ -48,7 +49,7 @@ def measure(variants: Sequence[str], shape: Sequence[int], layout: str, ratio: f
     wanted = agreement.expected(layer, x, dy)
     found = []
     for name in variants:
-        run = functools.partial(_outputs, name, x, dy)
+        run = functools.partial(outputs_of, name, x, dy)
         if ratio == 1:
             errors = agreement.require(f"{name}, {layout}, mean/std 1", run, layer, wanted, torch.float32)
         else:

@@ -75,7 +75,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases of the command's options, threads outermost; --shapes and --layouts keep some of them."""
     made = [
         Case(layout, shape, getattr(torch, dtype), threads)
-        for threads in options.threads
+        for threads in (options.threads if options.device == "cpu" else [torch.get_num_threads()])
         for dtype in options.dtypes
         for layout, shape in shapes(options.quick)
     ]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import kernels
 from ..doctor.finding import table
-from . import agreement, check, peers, rows
+from . import agreement, check, peers, processes, rows
 from .cases import Case, chosen
 from .memory import peak
 from .peers import PEERS, TORCH
@@ -36,9 +36,10 @@ def run(options: argparse.Namespace) -> int:
     measured: list[Row] = []
     before = torch.get_num_threads()
     try:
-        for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
-            torch.set_num_threads(case.threads)
-            measured += measure(case, variants, options.repeats, device)
+        with processes.alone(device):
+            for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
+                torch.set_num_threads(case.threads)
+                measured += measure(case, variants, options.repeats, device)
     finally:
         torch.set_num_threads(before)
     print(summary(measured))
@@ -78,7 +79,7 @@ def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.dev
     steps = {}
     for name in names:
         told = f"{name}, {case.dtype}, {case.layout}, {case.name}".replace("torch.", "")
-        agreement.require(told, functools.partial(_outputs, name, x, dy), theirs, wanted, case.dtype)
+        agreement.require(told, functools.partial(outputs_of, name, x, dy), theirs, wanted, case.dtype)
         steps[name] = step(name, theirs, x, dy)
     del wanted
     bytes_held = {name: peak(run, device) for name, run in steps.items()}
@@ -106,7 +107,7 @@ def _row(case: Case, name: str, taken: dict[str, list[float]], bytes_held: dict[
     }
 
 
-def _outputs(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.Outputs:
+def outputs_of(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.Outputs:
     with peers.using(name):
         if PEERS[name].kernels == "aten":
             assert kernels.pick(x) is kernels.composed(), "the compiled kernels are hidden"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,20 @@ def run(
             stack.callback(_end, ranks[-1])
         _wait(ranks, task, timeout)
         return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+@contextlib.contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """A process group of this process on a GPU, for layers that ask for one; none on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _wait(ranks: Sequence["subprocess.Popen[bytes]"], task: str, timeout: float) -> None:
