@@ -7,14 +7,21 @@ large layers come last, so that their gradients are on the link while the backwa
 DistributedDataParallel: batch norm local (torch's), on the default group, and on a group of its own. The three take turns in
 one set of processes. Prints the time of a step and of it in the layers' collectives, and appends rows to results/own_group.csv;
 refuses where gradients are not those of one process with the whole batch.
+
+Where namespaces cannot be made, or with `--link delayed`, both ranks are on one machine and each collective of a layer starts
+`--delay` later: that stands for the latency of a link, not for its bandwidth, and rows say so.
 """
 
 import argparse
+import contextlib
 import copy
 import statistics
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -47,7 +54,27 @@ def network(layers: int, linear: int, hidden: int) -> nn.Module:
     return nn.Sequential(*made, nn.Linear(hidden, step.CLASSES))
 
 
-def measure(rank: int, world_size: int, images: int, layers: int, linear: int, hidden: int, repeats: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def delayed(milliseconds: float) -> Iterator[None]:
+    """Every collective of a layer starts that much later, below the seam: observers count it."""
+    real = collectives._all_reduce
+
+    def late(message: torch.Tensor, call: Any) -> torch.Tensor:
+        if call.phase != "control":
+            time.sleep(milliseconds / 1e3)
+        return real(message, call)
+
+    with mock.patch.object(collectives, "_all_reduce", late):
+        yield
+
+
+def measure(rank: int, world_size: int, delay: float, **arguments: int) -> dict[str, Any]:
+    """On each rank, with a delay in milliseconds."""
+    with delayed(delay) if delay else contextlib.nullcontext():
+        return steps(rank, world_size, **arguments)
+
+
+def steps(rank: int, world_size: int, images: int, layers: int, linear: int, hidden: int, repeats: int) -> dict[str, Any]:
     """The seconds of each step and of it in the layers' collectives, or the problem that the check found."""
     torch.manual_seed(0)
     initial = network(layers, linear, hidden)
@@ -82,7 +109,7 @@ def measure(rank: int, world_size: int, images: int, layers: int, linear: int, h
     return {"problem": problem, "taken": taken, "inside": inside, "parameters": sum(p.numel() for p in initial.parameters())}
 
 
-def report(answers: list[dict[str, Any]], options: argparse.Namespace) -> list[rows.Row]:
+def report(answers: list[dict[str, Any]], link: dict[str, str], options: argparse.Namespace) -> list[rows.Row]:
     """A row for each group."""
     taken = {
         name: [max(pair) for pair in zip(*(a["taken"][name] for a in answers), strict=True)] for name in (LOCAL, DEFAULT, OWN)
@@ -99,9 +126,7 @@ def report(answers: list[dict[str, Any]], options: argparse.Namespace) -> list[r
             {
                 "group": name,
                 "world_size": 2,
-                "link": "veth between network namespaces, tbf",
-                "rate": options.rate,
-                "queue": options.queue,
+                **link,
                 "batch_norm_layers": options.layers,
                 "gradient_megabytes": round(4e-6 * answers[0]["parameters"], 1),
                 "images_per_rank": options.images,
@@ -116,6 +141,8 @@ def report(answers: list[dict[str, Any]], options: argparse.Namespace) -> list[r
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", choices=("auto", "throttled", "delayed"), default="auto", help="auto: throttled if it can be")
+    parser.add_argument("--delay", type=float, default=2.0, help="milliseconds before a layer's collective, where delayed")
     parser.add_argument("--rate", default="1gbit", help="of the link in each direction, as tc writes it")
     parser.add_argument("--queue", default="200ms", help="how long the link holds a packet at most before it drops some")
     parser.add_argument("--layers", type=int, default=20, help="with batch norm")
@@ -126,18 +153,40 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    arguments = {name: getattr(options, name) for name in ("images", "layers", "linear", "hidden", "repeats")}
     try:
-        with namespaces.two_nodes(options.rate, options.queue) as places:
-            answers = processes.run("own_group:measure", arguments, 2, options.timeout, places=places)
+        link, answers = run(options)
     except (OSError, processes.ProcessError) as error:
         print(f"nothing is reported: {error}", file=sys.stderr)
         return 1
     if answers[0]["problem"]:
         print(f"nothing is reported: {answers[0]['problem']}", file=sys.stderr)
         return 1
-    print(f"rows appended to {rows.append('own_group', report(answers, options), options.results).name}")
+    print(f"rows appended to {rows.append('own_group', report(answers, link, options), options.results).name}")
     return 0
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The columns that tell of the link, and the answers of the ranks."""
+    arguments = {name: getattr(options, name) for name in ("images", "layers", "linear", "hidden", "repeats")}
+    task = "own_group:measure"
+    if options.link != "delayed":
+        with contextlib.ExitStack() as stack:
+            try:
+                places = stack.enter_context(namespaces.two_nodes(options.rate, options.queue))
+            except OSError as error:
+                if options.link == "throttled":
+                    raise
+                print(f"no throttled link, a delay instead: {error}", file=sys.stderr)
+            else:
+                link = {
+                    "link": "veth between network namespaces, tbf",
+                    "rate": options.rate,
+                    "queue": options.queue,
+                    "delay": "",
+                }
+                return link, processes.run(task, arguments | {"delay": 0.0}, 2, options.timeout, places=places)
+    link = {"link": "one machine, injected delay", "rate": "", "queue": "", "delay": f"{options.delay:g}ms"}
+    return link, processes.run(task, arguments | {"delay": options.delay}, 2, options.timeout)
 
 
 if __name__ == "__main__":

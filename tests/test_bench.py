@@ -531,17 +531,16 @@ def test_two_nodes_have_a_throttled_link_and_leave_nothing():
     assert not any(name in listed() for name in names)
 
 
-def test_a_group_of_its_own_over_a_throttled_link(tmp_path):
+def test_a_group_of_its_own(tmp_path):
     program = Path(__file__).parents[1] / "benchmarks" / "own_group.py"
     small = ["--layers=2", "--linear=1", "--hidden=16", "--images=2", "--repeats=2", "--timeout=60", f"--results={tmp_path}"]
     done = subprocess.run([sys.executable, program, *small], capture_output=True, text=True, timeout=100, check=False)
-    if "nothing is reported: ip " in done.stderr or "No such file" in done.stderr:
-        pytest.skip(f"needs the right to make network namespaces: {done.stderr}")
     assert done.returncode == 0, done.stderr
     found = read(tmp_path / "own_group.csv")
     assert [row["group"] for row in found] == ["none, local batch norm", "default", "own"]
     assert [float(row["milliseconds_in_collectives"]) > 0 for row in found] == [False, True, True]
-    assert {row["rate"] for row in found} == {"1gbit"}
+    delayed = "a delay instead" in done.stderr
+    assert {(row["rate"], row["delay"]) for row in found} == {("", "2ms") if delayed else ("1gbit", "")}
 
 
 @pytest.mark.parametrize("arguments", ["layer --repeats 1", "step --ranks 0", "scaling --bandwidth -1", "layer --dtypes int8"])

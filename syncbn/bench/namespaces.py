@@ -18,8 +18,8 @@ def two_nodes(rate: str | None = None, latency: str = "200ms") -> Iterator[list[
     Raises:
         OSError: they cannot be made here, or not throttled.
     """
-    names = [f"syncbn-{letter}-{os.getpid()}" for letter in "ab"]
-    links = [f"sbn{letter}{os.getpid()}" for letter in "ab"]
+    names = [f"syncbn-bench-{letter}-{os.getpid()}" for letter in "ab"]
+    links = [f"sbb{letter}{os.getpid()}" for letter in "ab"]
     try:
         for name in names:
             _run("ip", "netns", "add", name)

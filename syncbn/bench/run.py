@@ -113,7 +113,7 @@ def _step(kinds: Subcommands) -> argparse.ArgumentParser:
 
 def _scaling(kinds: Subcommands) -> argparse.ArgumentParser:
     parser = _parser(kinds, "scaling", "latency of the collectives here, a model of it, and its projection to many ranks")
-    parser.add_argument("--ranks", type=whole(2), nargs="+", default=list(range(2, 9)), metavar="N", help="processes measured")
+    parser.add_argument("--ranks", type=whole(1), nargs="+", default=list(range(1, 9)), metavar="N", help="processes measured")
     parser.add_argument("--channels", type=whole(1), nargs="+", default=[64, 512, 2048, 16384], metavar="C", help="of messages")
     parser.add_argument("--nodes", choices=("auto", "one"), default="auto", help="auto: in two network namespaces too, as root")
     parser.add_argument("--node-size", type=whole(1), default=8, metavar="N", help="GPUs of a modelled node")

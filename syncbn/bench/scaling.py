@@ -116,8 +116,9 @@ Fits = dict[tuple[str, int], Fitted]  # by operation and number of nodes
 def fits(measured: Sequence[Row], device: str) -> Fits:
     """A model for each operation and number of nodes; ranks that outnumber the cores take turns."""
     found = {}
-    for key in dict.fromkeys((row["operation"], row["nodes"]) for row in measured):
-        of = [row for row in measured if (row["operation"], row["nodes"]) == key]
+    for key in dict.fromkeys((row["operation"], row["nodes"]) for row in measured if row["world_size"] > 1):
+        # A rank that is alone sends nothing.
+        of = [row for row in measured if (row["operation"], row["nodes"]) == key and row["world_size"] > 1]
         cores = float("inf") if device == "cuda" else os.cpu_count() or 1
         terms = [ring(key[0], row["world_size"], row["bytes"], max(1.0, row["world_size"] / cores)) for row in of]
         found[key] = fitted(terms, [row["microseconds_median"] / 1e6 for row in of])
@@ -164,7 +165,7 @@ def points(measured: Sequence[Row], options: argparse.Namespace) -> Iterator[Row
     """What was measured at the projected number of channels, or the next, and what was published."""
     channels = min(options.channels, key=lambda count: abs(count - CHANNELS))
     for row in measured:
-        if row["channels"] == channels and row["nodes"] == 1:
+        if row["channels"] == channels and row["nodes"] == 1 and row["world_size"] > 1:
             times = [row[f"microseconds_{part}"] / 1e6 for part in ("lower_quartile", "median", "upper_quartile")]
             machine, note = f"{row['backend']} here", f"{row['cores']} cores"
             yield _point("measured", machine, row["operation"], row["world_size"], row["bytes"], times, note)
