@@ -67,7 +67,7 @@ def main() -> None:
             }
         )
         print(f"group of {size}, {channels:5d} channels: {middle:6.0f} µs forward and backward ({low:.0f} to {high:.0f})")
-    print(f"rows appended to {rows.append('groups', measured)}")
+    print(rows.said(rows.append("groups", measured)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import syncbn
 from syncbn import collectives
@@ -98,7 +99,7 @@ def steps(rank: int, world_size: int, images: int, layers: int, linear: int, hid
         run(model)
     synchronized = {name: model for name, model in models.items() if name != LOCAL}
     problem = step.check(initial, synchronized, x, target) if rank == 0 else ""
-    for repeat in range(-WARM_UP, repeats):
+    for repeat in tqdm(range(-WARM_UP, repeats), "steps", unit=" rounds", disable=None if rank == 0 else True):
         for name in order(list(models), repeat):
             watch.marks.clear()
             meet(dist.group.WORLD, CPU)
@@ -161,7 +162,7 @@ def main() -> int:
     if answers[0]["problem"]:
         print(f"nothing is reported: {answers[0]['problem']}", file=sys.stderr)
         return 1
-    print(f"rows appended to {rows.append('own_group', report(answers, link, options), options.results).name}")
+    print(rows.said(rows.append("own_group", report(answers, link, options), options.results)))
     return 0
 
 

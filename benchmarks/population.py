@@ -166,7 +166,7 @@ def main() -> None:
             f"between ranks {row['between_ranks_max']:>7}  "
             f"accuracy {row['accuracy_mean_of_worst_rank']} to {row['accuracy_mean_of_best_rank']}"
         )
-    print(f"rows appended to {rows.append('population', measured)}")
+    print(rows.said(rows.append("population", measured)))
 
 
 if __name__ == "__main__":

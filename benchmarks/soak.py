@@ -80,7 +80,7 @@ def main() -> int:
             f"rank {rank}: {options.steps} steps in {seconds:.0f} s; after a tenth and at the end {before[0]} and {after[0]} "
             f"files, {before[1]} and {after[1]} threads, memory {after[2] - before[2]:+,} bytes; same bits on all ranks: {same}"
         )
-    print(f"rows appended to {rows.append('soak', measured)}")
+    print(rows.said(rows.append("soak", measured)))
     return 0 if good else 1
 
 

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
             for layout in LAYOUTS:
                 measured += measure(variants, shape, layout, ratio, device)
     print(shown(measured))
-    print(f"rows appended to {rows.append('accuracy', measured, options.results, options.device).name}")
+    print(rows.said(rows.append("accuracy", measured, options.results, options.device)))
     return 0
 
 

@@ -11,7 +11,6 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +44,8 @@ def run(options: argparse.Namespace) -> int:
     print(summary(measured))
     if options.check:
         return check.report(measured, rows.read("layer", options.results), rows.circumstances(options.device))
-    print(f"rows appended to {_shown(rows.append('layer', measured, options.results, options.device))}")
+    print(rows.said(rows.append("layer", measured, options.results, options.device)))
     return 0
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def runnable(names: Sequence[str], device: torch.device) -> list[str]:

@@ -63,6 +63,11 @@ def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = No
     return path
 
 
+def said(path: Path) -> str:
+    """What a command tells of a file that it wrote to."""
+    return f"rows appended to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+
+
 def read(name: str, where: Path | None = None) -> list[dict[str, str]]:
     """The rows of NAME.csv as text, the oldest first; none if there is no such file."""
     path = directory(where) / f"{name}.csv"

@@ -34,7 +34,7 @@ def add_command(commands: Subcommands) -> None:
         made.add_argument("--results", type=Path, metavar="DIR", help=RESULTS)
 
 
-RESULTS = "where rows are; default: benchmarks/results of the checkout one stands in, else ./syncbn-bench"
+RESULTS = "where rows are; None: in benchmarks/results of the checkout one stands in, else in ./syncbn-bench"
 DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
 
 

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from ..doctor.finding import table
 from . import messages, namespaces, processes, projection, published, rows
 from .agreement import DisagreementError
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         "scaling_efficiency": efficient,
     }
     for name, of in tables.items():
-        print(f"rows appended to {rows.append(name, of, options.results, options.device).name}")
+        print(rows.said(rows.append(name, of, options.results, options.device)))
     return 0
 
 
@@ -63,7 +65,7 @@ def latencies(options: argparse.Namespace) -> Iterator[Row]:
         "repeats": options.repeats,
         "device": options.device,
     }
-    for size in options.ranks:
+    for size in tqdm(options.ranks, "one node", unit=" sizes", disable=None, dynamic_ncols=True):
         answers = processes.run(TASK, arguments, size, options.timeout, options.device)
         yield from _rows(answers, size, 1, options)
     if options.nodes == "one" or options.device == "cuda":
@@ -74,7 +76,8 @@ def latencies(options: argparse.Namespace) -> Iterator[Row]:
         except OSError as error:
             print(f"syncbn bench: two nodes are skipped: {error}", file=sys.stderr)
             return
-        for size in (size for size in options.ranks if size % 2 == 0):
+        even = [size for size in options.ranks if size % 2 == 0]
+        for size in tqdm(even, "two nodes", unit=" sizes", disable=None, dynamic_ncols=True):
             places = [nodes[rank * 2 // size] for rank in range(size)]
             answers = processes.run(TASK, arguments, size, options.timeout, options.device, places)
             yield from _rows(answers, size, 2, options)

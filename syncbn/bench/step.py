@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         answers = processes.run(TASK, arguments, size, options.timeout, options.device)
         measured += rows_of(answers, options, size)
     print(shown(measured))
-    print(f"rows appended to {rows.append('step', measured, options.results, options.device).name}")
+    print(rows.said(rows.append("step", measured, options.results, options.device)))
     return 0
 
 
