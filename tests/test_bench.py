@@ -1,6 +1,7 @@
 """The benchmarks: models that fit, rows that are kept apart, nothing reported that is wrong, every command once, end to end."""
 
 import csv
+import functools
 import itertools
 import os
 import re
@@ -260,7 +261,9 @@ def test_the_reference_is_batch_norm():
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # what tracing does to an autograd.Function
-def test_layer(tmp_path, capsys):
+def test_layer(tmp_path, capsys, monkeypatch):
+    """Traced, but not compiled: that takes half a minute where nothing is cached, and test_compile does it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     variants = ["plain", "syncbn-aten", "torch-sync", "syncbn-inductor"]
     command = [*LAYER, "--variants", *variants, "--results", str(tmp_path)]
     assert main(command) == 0
