@@ -48,7 +48,7 @@ class Case(NamedTuple):
         return made
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """x and dy, of mean/std 1/2 and none."""
+        """x of mean 1/2 and dy of mean 0, both of standard deviation 1."""
         generator = torch.Generator().manual_seed(0)
         x, dy = (torch.randn(self.shape, generator=generator) for _ in range(2))
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
