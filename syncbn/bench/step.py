@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import collectives
+from .. import collectives, control
 from ..convert import convert
 from ..doctor.finding import table
 from ..doctor.latency import meet, timed
@@ -145,12 +145,14 @@ def measure(rank: int, world_size: int, images: int, width: int, repeats: int, d
     makers = variants(world_size, on)
     models = {name: data_parallel(make(copy.deepcopy(initial)).to(on)) for name, make in makers.items()}
     share = x[mine].to(on), target[mine].to(on)
-    problem = ""
     for name, model in models.items():
         with peers.using(kernels_of(name)):
             F.cross_entropy(model(share[0]), share[1]).backward()
-    if rank == 0:
-        problem = check(initial, models, x, target)
+    problem = check(initial, models, x, target) if rank == 0 else ""
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    if any(control.side_group(world).gather_objects(problem)):
+        return {"problem": problem}
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1e-3) for name, model in models.items()}
     answer: Answer = {"problem": problem, "taken": {name: [] for name in models}}
     watch, seconds_in = Stopwatch(on), []
@@ -160,7 +162,7 @@ def measure(rank: int, world_size: int, images: int, width: int, repeats: int, d
             run = _step(name, models[name], optimizers[name], share, watch)
             watch.seen.clear()
             watch.marks.clear()
-            meet(torch.distributed.group.WORLD, on)
+            meet(world, on)
             seconds, _ = timed(run, on)
             if repeat >= 0:
                 answer["taken"][name].append(seconds)
