@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import os
+import platform
 import re
 import shutil
 import signal
@@ -46,6 +47,11 @@ LAYER = ["bench", "layer", *ONE_CASE, "--repeats", "2"]
 STEP = ["bench", "step", "--ranks", "2", "--width", "4", "--images", "2", "--repeats", "2", "--timeout", "60"]
 SCALING = ["bench", "scaling", "--ranks", "2", "--channels", "64", "--repeats", "3", "--timeout", "60"]
 ACCURACY = ["bench", "accuracy", "--images", "4", "--channels", "3", "--size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def heap_of_this_process_as_it_is(monkeypatch):
+    monkeypatch.setattr(layer, "keep_heap", lambda: False)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -131,6 +137,33 @@ def test_the_peak_of_memory_is_measured():
         return torch.empty(5_000), held
 
     assert memory.peak(run, CPU) == 2 * size
+
+
+FAULTS = """
+import resource, sys, torch
+from syncbn.bench.memory import keep_heap
+if sys.argv[1] == "kept":
+    assert keep_heap()
+def touch():
+    torch.empty(2**24).fill_(1)
+for _ in range(3):
+    touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_kept_heap_has_no_page_faults():
+    """64 MB, taken and freed again and again, are 16 384 pages or none."""
+    faults = {}
+    for kept in ("kept", "as it is"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, kept], capture_output=True, text=True, timeout=60, check=True)
+        faults[kept] = int(done.stdout)
+    assert faults["kept"] < 100
+    assert faults["as it is"] > 4000, "in huge pages there may be fewer"
 
 
 def test_rows_are_appended_under_the_same_columns_only(tmp_path):

@@ -3,6 +3,7 @@
 Requirements
     - ours synchronizes with itself: its whole path but the collective;
     - all variants of a case run in turn, in one process, on the same values; every one of them passed the equality check;
+    - freed memory is kept, so that page faults fall on none of them;
     - a variant that cannot run here is named with the reason.
 """
 
@@ -20,7 +21,7 @@ from .. import kernels
 from ..doctor.finding import table
 from . import agreement, check, peers, processes, rows
 from .cases import Case, chosen
-from .memory import peak
+from .memory import keep_heap, peak
 from .peers import PEERS, TORCH
 from .rows import Row
 from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
@@ -33,12 +34,13 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     variants = runnable(options.variants, device)
     measured: list[Row] = []
+    heap = "kept" if device.type == "cpu" and keep_heap() else "as it is"
     before = torch.get_num_threads()
     try:
         with processes.alone(device):
             for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
                 torch.set_num_threads(case.threads)
-                measured += measure(case, variants, options.repeats, device)
+                measured += [row | {"heap": heap} for row in measure(case, variants, options.repeats, device)]
     finally:
         torch.set_num_threads(before)
     print(summary(measured))

@@ -1,10 +1,26 @@
-"""The most memory that a training step of a layer holds, measured by the allocator that serves it."""
+"""Memory: the most that a training step of a layer holds, and a heap that does not disturb what is timed."""
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_heap() -> bool:
+    """Have glibc keep what is freed, from now on in this process; False where the C library is another.
+
+    As it is, whether a large result is on fresh pages depends on what was freed before it: page faults take up to half of the
+    time of a layer, and fall on one variant or another by chance.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int:
