@@ -11,6 +11,7 @@ from pathlib import Path
 
 import batches
 import pytest
+import tolerance
 import torch
 from allpairspy import AllPairs
 from batches import Case
@@ -87,23 +88,28 @@ def test_every_pair_of_values_of_two_axes_equals_the_whole_batch(number, monkeyp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_precision_where_the_mean_is_far_from_zero(layout, ratio, monkeypatch):
-    kernels = small(monkeypatch, tile=512)
+    kernels = small(monkeypatch, tile=128)  # several to a plane
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(16, 2, 20, 20, generator=generator).double() + ratio).float()
-    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
-    count, channels = 16 * 400, x.double().transpose(0, 1).flatten(1)
-    s1, s2, n = kernels.moments(x).split([2, 2, 1])
-    assert n.item() == count
-    var = s2 / n - (s1 / n).square()
-    assert ((var - channels.var(1, correction=0)) / channels.var(1, correction=0)).abs().max() <= 1e-6
-    message = torch.cat([channels.sum(1), channels.square().sum(1), n])
+    x = (torch.randn(4, 2, 20, 20, generator=generator).double() + ratio).float()
+    dy = torch.randn(x.shape, generator=generator) + 0.3
+    if layout == "channels_last":
+        x, dy = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, dy))
+    wide, gradient, dims, n = x.double(), dy.double(), (0, 2, 3), 4 * 400
+    mean, var = wide.mean(dims, keepdim=True), wide.var(dims, keepdim=True, correction=0)
+    xhat = (wide - mean) / var.sqrt()
+    dx = (gradient - gradient.mean(dims, keepdim=True) - xhat * (gradient * xhat).mean(dims, keepdim=True)) / var.sqrt()
+
+    s1, s2, count = kernels.moments(x).split([2, 2, 1])
+    assert count.item() == n
+    assert ((s2 / n - (s1 / n).square() - var.flatten()) / var.flatten()).abs().max() <= 1e-6
+    message = torch.cat([wide.sum(dims), wide.square().sum(dims), count])
     y, saved = kernels.normalize(x, message, Affine(None, None, 0.0), None)
-    mean, std = channels.mean(1).view(1, 2, 1, 1), channels.std(1, correction=0).view(1, 2, 1, 1)
-    expected = (x.double() - mean) / std
-    assert (y.double() - expected).abs().max() <= 5e-7 * expected.abs().max()
-    sums = kernels.gradient_sums(x, x, saved)
-    centered = channels - channels.mean(1, keepdim=True)
-    assert torch.allclose(sums.message[2:], (channels * centered).sum(1), rtol=1e-6, atol=1e-6 * count * ratio)
+    sums = kernels.gradient_sums(dy, x, saved)
+    exact = torch.cat([gradient.sum(dims), (gradient * (wide - mean)).sum(dims)])
+    tolerance.check("gradient sums", sums.message, exact, computed=torch.float32, ratio=1.0, scale=float(n))
+    for name, got, want in (("y", y, xhat), ("dx", kernels.input_gradient(dy, x, saved, exact), dx)):
+        off = tolerance.error(got, want) / want.abs().max().item()
+        assert off <= 5e-7, f"{name} off by {off:.2g} of its largest value"
 
 
 @interpreted
