@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .analysis.run import add_command as add_analyze
 from .bench.run import add_command as add_bench
 from .demo.run import add_command as add_demo
 from .doctor.run import add_command as add_doctor
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_demo(commands)
     add_doctor(commands)
     add_bench(commands)
+    add_analyze(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

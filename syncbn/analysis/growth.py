@@ -1,0 +1,203 @@
+"""Whether the gradients of a network grow from layer to layer at initialization, and what synchronizing does about it.
+
+Requirements
+    - norms of the real forward graph: depth is counted along it, not by registration;
+    - the same figures for any number of ranks: one pass, and one all_reduce of the gradients and of one scalar a layer.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..collectives import GroupLike
+from .factor import Activation, GrowthFactor, growth_factor
+from .layers import calls_seen, weights_of
+from .objective import Loss, Objective, norm, objective
+
+SKIPPED = 3  # layers next to the loss, whose gradients have not settled
+LITTLE = 1.01  # λ² below which nothing grows
+
+
+class LayerGradient(NamedTuple):
+    name: str  # path of the module
+    depth: int  # layers with weights on the longest path from the input to its output, itself included
+    weight_norm: float  # ‖∂L/∂W‖
+    output_norm: float  # ‖∂L/∂h‖, of its outputs in all calls
+
+
+class NormLayer(NamedTuple):
+    name: str
+    local: float  # values per channel of this rank's share
+    total: float  # of the shares of all ranks
+
+
+class Growth(NamedTuple):
+    """L is the mean loss of all ranks."""
+
+    layers: tuple[LayerGradient, ...]  # in the order of their first calls
+    norms: tuple[NormLayer, ...]  # batch norm layers, likewise
+    lambda_sq: float  # growth of ‖∂L/∂W‖² per layer, towards the input, as fitted; NaN for fewer than two depths
+    lambda_norm: float  # of ‖∂L/∂W‖
+    lambda_sq_output: float  # of ‖∂L/∂h‖²
+    first_over_last: float  # ‖∂L/∂W‖ of the first layer over that of the last
+
+
+def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: GroupLike = None) -> Growth:
+    """The norms of the gradients of each layer, and their growth per layer towards the input.
+
+        growth = gradient_growth(model, (x, target), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+        print(advice(growth))
+
+    1. One forward and backward of the model as it is, in its mode. 2. The gradients of the weights are averaged over the
+    ranks, Σ over ranks ‖∂L/∂h‖² is added. 3. λ² = exp(−slope) of a line through log ‖∂L/∂W‖² by depth, over depths 2 to
+    (last − 3) where the network has 8 or more, over all otherwise (Yang et al. 2019, arXiv:1902.08129). Layers of
+    different widths have norms of different size whatever their depth: λ describes networks of like layers.
+
+    Args:
+        model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.
+
+    Raises:
+        ValueError: as `objective`; no module with a weight was run.
+    """
+    with objective(model, loss, batch, process_group) as goal:
+        tape = _Tape()
+        with (
+            calls_seen(goal.model, tape.layer, lambda module: bool(weights_of(module))),
+            calls_seen(goal.model, tape.norm, lambda module: isinstance(module, _BatchNorm)),
+        ):
+            part = goal.local()
+        if not tape.modules:
+            raise ValueError(
+                f"given a {type(goal.model).__name__} whose forward runs no module with a weight that requires a gradient; "
+                "expected one or more"
+            )
+        return _measured(goal, tape, part)
+
+
+class _Tape:
+    """What hooks see of a forward."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.nodes: dict[Any, str] = {}  # of the graph, that end a layer
+        self.outputs: dict[str, Any] = {}  # the first of each
+        self.squares: dict[str, list[Tensor]] = {}  # ‖∂/∂h‖² of each call, once backward has run
+        self.values: dict[str, int] = {}  # per channel, of batch norm layers
+
+    def layer(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        self.modules.setdefault(path, module)
+        self.nodes[output.grad_fn] = path
+        self.outputs.setdefault(path, output.grad_fn)
+        squares = self.squares.setdefault(path, [])
+        output.register_hook(lambda gradient: squares.append(gradient.double().square().sum()))
+
+    def norm(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            x = inputs[0]
+            self.values.setdefault(path, x.shape[0] * math.prod(x.shape[2:]))
+
+
+def _measured(goal: Objective, tape: _Tape, part: Tensor) -> Growth:
+    depths = _depths(part.grad_fn, set(tape.nodes))
+    parameters = [parameter for module in tape.modules.values() for parameter in weights_of(module)]
+    found = torch.autograd.grad(part, parameters, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    zero = part.detach().double() * 0
+    squares = torch.stack([sum(tape.squares[path], zero) for path in tape.modules])
+    counts = torch.tensor([float(n) for n in tape.values.values()], dtype=torch.float64, device=zero.device)
+    squares, counts, *summed = goal.sum([squares, counts, *gradients])
+    of = dict(zip(parameters, summed, strict=True))
+    layers = tuple(
+        LayerGradient(path, depths.get(tape.outputs[path], 0), norm([of[p] for p in weights_of(module)]), square**0.5)
+        for (path, module), square in zip(tape.modules.items(), squares.tolist(), strict=True)
+    )
+    norms = tuple(NormLayer(path, n, total) for (path, n), total in zip(tape.values.items(), counts.tolist(), strict=True))
+    by_depth = [layer.depth for layer in layers]
+    weights = fitted(by_depth, [layer.weight_norm**2 for layer in layers])
+    outputs = fitted(by_depth, [layer.output_norm**2 for layer in layers])
+    first, last = layers[0].weight_norm, layers[-1].weight_norm
+    ratio = first / last if last > 0 else math.nan
+    return Growth(layers, norms, weights.lambda_sq, weights.lambda_norm, outputs.lambda_sq, ratio)
+
+
+def _depths(root: Any, ends: set[Any]) -> dict[Any, int]:
+    """The largest number of `ends` on a path from a leaf to each node of the graph, itself included."""
+    depth: dict[Any, int] = {}
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        before = [child for child, _ in node.next_functions if child is not None]
+        missing = [child for child in before if child not in depth]
+        if missing and node not in depth:
+            stack += missing
+            continue
+        stack.pop()
+        depth.setdefault(node, max((depth[child] for child in before), default=0) + (node in ends))
+    return depth
+
+
+def fitted(depths: Sequence[int], squares: Sequence[float]) -> GrowthFactor:
+    """λ of squared norms by depth: exp(−slope) of the line of least squares through their logarithms.
+
+    Over depths 2 to (last − 3) where there are 8 or more; without norms that are zero or not finite.
+    """
+    last = max(depths)
+    within = range(2, last - SKIPPED + 1) if last >= 8 else range(0, last + 1)
+    points = [
+        (depth, math.log(square))
+        for depth, square in zip(depths, squares, strict=True)
+        if depth in within and 0 < square < math.inf
+    ]
+    if len({depth for depth, _ in points}) < 2:
+        return GrowthFactor(math.nan, math.nan)
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    x = x - x.mean()
+    lambda_sq = math.exp(-((x * y).sum() / x.square().sum()).item())
+    return GrowthFactor(lambda_sq, math.sqrt(lambda_sq))
+
+
+def advice(growth: Growth, activation: str | Activation = "relu", ranks: Sequence[int] = (2, 4, 8, 16)) -> str:
+    """What the growth is, what theory gives for these numbers of values, and what to do.
+
+    Args:
+        activation: what follows the batch norm layers, as for `growth_factor`.
+        ranks: in a process that is alone: numbers of ranks over which this batch might be split.
+    """
+    lines = [
+        f"fitted: the squared norm of weight gradients grows by lambda_sq {growth.lambda_sq:.3f} per layer, the norm by "
+        f"lambda_norm {growth.lambda_norm:.3f}; first layer over last: {growth.first_over_last:.3g}"
+    ]
+    if not growth.norms:
+        return "\n".join([*lines, "no batch norm layer: nothing to synchronize"])
+    worst = min(growth.norms, key=lambda layer: layer.local)
+    if worst.total > worst.local:
+        lines.append(f"{worst.name}, per layer of its kind: {_compared(worst.local, worst.total, activation)}")
+        return "\n".join(lines)
+    told = said_of(worst.local, activation)
+    lines.append(f"{worst.name}, the layer of the fewest values, per layer of its kind: {told}; this batch split over")
+    for size in ranks:
+        if worst.local // size >= 1:
+            lines.append(f"  {size} ranks: {_compared(worst.local // size, worst.local, activation)}")
+    return "\n".join(lines)
+
+
+def said_of(values: float, activation: str | Activation = "relu") -> str:
+    """`4 values per channel: lambda_sq 3.08`."""
+    count = f"{values:g} value{'s' * (values != 1)} per channel: "
+    if values < 2:
+        return f"{count}no batch norm"
+    factor = growth_factor(values, activation).lambda_sq
+    return count + (f"lambda_sq {factor:.2f}" if factor < math.inf else "diverges")
+
+
+def _compared(local: float, total: float, activation: str | Activation) -> str:
+    mine, theirs = (growth_factor(n, activation).lambda_sq if n >= 2 else math.inf for n in (local, total))
+    do = "synchronize" if mine > LITTLE * theirs else "synchronizing changes little"
+    return f"unsynchronized, {said_of(local, activation)}; synchronized, {said_of(total, activation)}: {do}"

@@ -1,0 +1,91 @@
+"""The layers of a network in the order in which its forward runs them, which need not be that of registration.
+
+A layer is a module with a weight of two dimensions or more of its own, together with the parameters of what runs after it and
+before the next (the affine of its batch norm, say).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+
+
+class Layer(NamedTuple):
+    name: str  # path of the module in the model
+    weights: list[nn.Parameter]  # of two dimensions or more: what is measured
+    parameters: list[nn.Parameter]  # all: what is updated with it
+
+
+@contextlib.contextmanager
+def calls_seen(model: nn.Module, hook: Hook, wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Call `hook(path, module, inputs, output)` after each forward of the modules wanted, inside."""
+
+    def seen_by(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda module, inputs, output: hook(path, module, inputs, output)
+
+    handles = [m.register_forward_hook(seen_by(path or type(m).__name__)) for path, m in model.named_modules() if wanted(m)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters that require a gradient."""
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+
+
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """Those of them with two dimensions or more."""
+    return [parameter for parameter in trained(module) if parameter.dim() > 1]
+
+
+def layers_run(model: nn.Module, forward: Callable[[], Tensor]) -> list[Layer]:
+    """The layers by their first call in `forward`, which is run once. A shared parameter belongs to the first.
+
+    Parameters that no called module holds go with the module registered before theirs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    order: dict[nn.Module, str] = {}
+
+    def called(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        order.setdefault(module, path)
+
+    with calls_seen(model, called, lambda module: bool(trained(module))):
+        forward()
+    followers = _followers(model, order)
+    layers: list[Layer] = []
+    early: list[nn.Parameter] = []  # before the first layer: updated with it
+    owned: set[nn.Parameter] = set()
+    for module, path in order.items():
+        own = [p for each in (module, *followers.get(module, [])) for p in trained(each) if p not in owned]
+        owned |= set(own)
+        if any(p.dim() > 1 for p in own):
+            layers.append(Layer(path, [p for p in own if p.dim() > 1], [*early, *own]))
+            early = []
+        else:
+            (layers[-1].parameters if layers else early).extend(own)
+    if not layers:
+        raise ValueError(
+            f"given a {type(model).__name__} whose forward runs no module with a weight that requires a gradient; "
+            "expected one or more"
+        )
+    return layers
+
+
+def _followers(model: nn.Module, order: dict[nn.Module, str]) -> dict[nn.Module, list[nn.Module]]:
+    """Modules that are not called, by the called one registered before them, or by the first called."""
+    found: dict[nn.Module, list[nn.Module]] = {}
+    last = next(iter(order), None)
+    for module in model.modules():
+        if module in order:
+            last = module
+        elif last is not None and trained(module):
+            found.setdefault(last, []).append(module)
+    return found

@@ -1,0 +1,149 @@
+"""The loss of a network on one batch, over all ranks, and its gradients: what every measure is made of.
+
+Requirements
+    - the objective is the mean over the ranks of `loss(model, batch)`, as DistributedDataParallel has it: gradients are
+      averaged first and compared afterwards, for a mean of the ranks' cosines or norms is not that of the mean gradient;
+    - every pass begins with the same buffers and the same random state;
+    - whatever happens, an exception included, parameters, buffers, gradients, modes and random state are as before;
+    - every rank runs the same passes: nothing here depends on the values of one rank.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..collectives import GroupLike
+from .ranks import resolve, size_of, sum_over_ranks
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class State:
+    """All that a pass may change: parameters, their gradients, buffers, modes, and the random state of torch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = list(itertools.chain(model.parameters(), model.buffers()))
+        self.modules = [(module, module.training) for module in model.modules()]
+        self.parameters = [(p, p.requires_grad, p.detach().clone()) for p in model.parameters()]
+        self.gradients = [(p, p.grad, None if p.grad is None else p.grad.detach().clone()) for p in model.parameters()]
+        self.buffers = [
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module, _ in self.modules
+            for name, buffer in module._buffers.items()
+        ]
+        self.devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+        self.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Buffers and random state as they were."""
+        for module, name, buffer, value in self.buffers:
+            module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+        torch.set_rng_state(self.random[0])
+        for device, state in zip(self.devices, self.random[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Everything as it was."""
+        self.begin()
+        for parameter, requires_grad, value in self.parameters:
+            parameter.copy_(value)
+            parameter.requires_grad_(requires_grad)
+        for parameter, gradient, kept in self.gradients:
+            if gradient is not None and kept is not None:
+                gradient.copy_(kept)
+            parameter.grad = gradient
+        for module, training in self.modules:
+            module.training = training
+
+
+@contextlib.contextmanager
+def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike = None) -> Iterator["Objective"]:
+    """The objective of a model on one batch; afterwards the model is as before, also after an exception.
+
+    Args:
+        model: any module, in DistributedDataParallel or not; it stays in the mode it is in, and a compiled one runs eagerly.
+        loss: called with the model (out of its wrapper) and the batch, gives the mean loss of this rank's share, (). Where
+            shares are unequal, times n_rank·W/n, so that the mean over ranks is that of all samples.
+        batch: this rank's share, handed to `loss`.
+        process_group: the ranks whose shares make the batch; None: all ranks. Each of them comes.
+
+    Raises:
+        ValueError: no parameter of the model requires a gradient; in a pass, `loss` gives no scalar tensor with a gradient.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    state = State(inner)
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            yield Objective(inner, loss, batch, process_group, state)
+    finally:
+        state.restore()
+
+
+class Objective:
+    """`objective` makes it."""
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike, state: State) -> None:
+        self.model, self.loss, self.batch, self.state = model, loss, batch, state
+        self.group = resolve(process_group)
+        self.size = size_of(self.group)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise ValueError(
+                f"given a {type(model).__name__} of which no parameter requires a gradient; expected one that trains"
+            )
+
+    def local(self) -> Tensor:
+        """This rank's part of the objective, () with its graph: loss(model, batch)/W. The parts add up to the objective."""
+        self.state.begin()
+        value = self.loss(self.model, self.batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"given a loss that returns {given}; expected a tensor of one value that needs a gradient")
+        return value.reshape(()) / self.size
+
+    def value(self) -> float:
+        """The objective."""
+        with torch.no_grad():
+            self.state.begin()
+            part = self.loss(self.model, self.batch).detach().reshape(()) / self.size
+        return self.sum([part])[0].item()
+
+    def gradients(self, parameters: Sequence[Tensor] | None = None) -> tuple[float, list[Tensor]]:
+        """The objective, and its gradients by the parameters (None: all), float64 and averaged over the ranks."""
+        wanted = self.parameters if parameters is None else list(parameters)
+        part = self.local()
+        return self._summed(part, torch.autograd.grad(part, wanted, allow_unused=True), wanted)
+
+    def _summed(self, part: Tensor, gradients: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
+        value, *summed = self.sum([part, *filled])
+        return value.item(), summed
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over the ranks, float64."""
+        return sum_over_ranks(tensors, self.group, "syncbn.analysis")
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all values together, in float64."""
+    return sum(tensor.double().square().sum().item() for tensor in tensors) ** 0.5
+
+
+def inner(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The inner product of all values, in float64: float32 gives 0.9999994 for the cosine of equal vectors."""
+    return sum((one.double() * other.double()).sum().item() for one, other in zip(ones, others, strict=True))
+
+
+def cosine(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Of the angle between two gradients; NaN where one is zero."""
+    lengths = norm(ones) * norm(others)
+    return inner(ones, others) / lengths if lengths > 0 else float("nan")

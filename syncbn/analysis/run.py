@@ -1,0 +1,154 @@
+"""`python -m syncbn analyze`: options, the experiments, and the exit status.
+
+Requirements
+    - what is wrong with the options or the installation is said before anything starts;
+    - growth and shift run data parallel too, started by torchrun: all ranks measure, rank 0 speaks;
+    - the exit status is 0 if every claim holds, else 1.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import collectives
+
+NAMES = ("noise", "shift", "growth", "smoothness", "gdnp")
+PARALLEL = ("growth", "shift")
+NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `analyze` and its options to the command line."""
+    parser = commands.add_parser(
+        "analyze",
+        help="measure what batch norm does to networks: the literature's claims, or your own network",
+        description="Run the experiments behind what is claimed of batch normalization; print each claim with what was "
+        "expected and what was measured, and draw a picture of each experiment. growth and shift also run under torchrun. "
+        "Exit status: 0 if every claim holds, 1 if not, 2 for a usage error, 130 if interrupted.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("what", choices=(*NAMES, "all"), help="the experiment")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, steps and seeds: all in under three minutes")
+    parser.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="N", help="of networks and data")
+    parser.add_argument("--out", type=_directory, default=Path("."), metavar="DIR", help="where syncbn-<experiment>.png goes")
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="with growth: instead of the experiment, your network; the function, called without arguments, gives "
+        "(model, batch, loss), where loss(model, batch) is the mean loss of this rank's share",
+    )
+    parser.set_defaults(run=lambda options: run(options, parser))
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, 0 or more")
+    return int(text)
+
+
+def _directory(text: str) -> Path:
+    if not os.access(text, os.W_OK) or not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"given {text!r}; expected a directory that can be written to")
+    return Path(text)
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Check the options, join the job if there is one, and run; the exit status."""
+    if options.model is not None and options.what != "growth":
+        parser.error(f"given --model with {options.what}; expected growth")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and options.what not in PARALLEL:
+        parser.error(f"given {ranks} ranks for {options.what}; expected one: only {' and '.join(PARALLEL)} run data parallel")
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing and options.model is None:
+        say(f'{", ".join(missing)} not installed; expected what the experiments need: pip install "syncbn[analysis]"')
+        return 1
+    try:
+        with job():
+            return _model(options) if options.model is not None else _experiments(options)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except collectives.CollectiveError as error:
+        say(str(error))
+        return 1
+
+
+@contextlib.contextmanager
+def job() -> Iterator[None]:
+    """Inside, the processes that torchrun started are a process group on Gloo; a process alone stays alone."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _experiments(options: argparse.Namespace) -> int:
+    from .claims import Settings, shown
+    from .plots import new_figure, write
+
+    speaks = collectives.rank_and_size()[0] == 0
+    failed, start = 0, time.perf_counter()
+    for name in NAMES if options.what == "all" else (options.what,):
+        experiment = importlib.import_module(f"{__package__}.experiments.{name}")
+        outcome = experiment.run(Settings(options.quick, tuple(options.seeds), track))
+        failed += sum(not claim.holds for claim in outcome.claims)
+        if speaks:
+            path = options.out / f"syncbn-{name}.png"
+            figure = new_figure(f"{name}, seeds {' '.join(map(str, options.seeds))}")
+            outcome.draw(figure)
+            write(figure, str(path))
+            print(f"\n{name}\n\n{shown(outcome)}\npicture: {path}", flush=True)
+    if speaks:
+        result = "every claim holds" if not failed else f"{failed} claim{'s' * (failed > 1)} FAILED"
+        print(f"\n{result}; {time.perf_counter() - start:.0f} s", flush=True)
+    return 1 if failed else 0
+
+
+def track(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """The items, with a progress bar on the terminal of rank 0."""
+    from tqdm import tqdm
+
+    rank = collectives.rank_and_size()[0]
+    return tqdm(items, title, disable=None if rank == 0 else True, leave=False, dynamic_ncols=True)
+
+
+def _model(options: argparse.Namespace) -> int:
+    """Growth of the user's own network."""
+    from .growth import advice, gradient_growth
+    from .user import load, shown
+
+    try:
+        model, batch, loss = load(options.model)
+        growth = gradient_growth(model, batch, loss)
+    except collectives.CollectiveError:
+        raise
+    except ValueError as error:
+        say(str(error))
+        return 1
+    except Exception as error:  # the user's code may raise anything
+        traceback.print_exception(error)
+        say(f"{options.model} failed with {type(error).__name__}; expected (model, batch, loss) that run forward and backward")
+        return 1
+    if collectives.rank_and_size()[0] == 0:
+        print(f"{shown(growth)}\n{advice(growth)}", flush=True)
+    return 0
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    print(f"syncbn analyze: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""The measures of syncbn.analysis on the whole batch in one process, by plain autograd of torch; imports nothing of syncbn."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def layer_norms(model: nn.Module, layers: list[nn.Module], loss: Loss, batch: Any) -> tuple[list[float], list[float]]:
+    """‖∂L/∂W‖ and ‖∂L/∂h‖ of the layers, h being their outputs."""
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        outputs[module] = output
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    loss(model, batch).backward()
+    for handle in handles:
+        handle.remove()
+    norms = [layer.weight.grad.norm().item() for layer in layers], [outputs[layer].grad.norm().item() for layer in layers]
+    model.zero_grad()
+    return norms
+
+
+def gradients(model: nn.Module, loss: Loss, batch: Any) -> dict[str, Tensor]:
+    """By parameter, on a copy of the model."""
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    loss(model, batch).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def line(x: list[float], y: list[float]) -> float:
+    """The slope of least squares."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - mean_x) ** 2 for a in x)
+
+
+def growth(norms: list[float], first: int, last: int) -> float:
+    """exp(−slope) of log norm² by depth, over depths first to last."""
+    depths = list(range(first, last + 1))
+    return math.exp(-line(depths, [2 * math.log(norms[depth - 1]) for depth in depths]))
+
+
+def growth_by_sampling(values: int, phi: Callable[[Tensor], Tensor], samples: int, seed: int) -> float:
+    """λ² of a layer by Monte Carlo over the sphere of normalized values: the second moments, and the backward of batch norm.
+
+    Gram matrices of the layer before are (q − c)·I + c·11ᵀ, of the gradient behind ∝ I − 11ᵀ/B.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(samples, values, dtype=torch.float64, generator=generator)
+    centred = h - h.mean(1, keepdim=True)
+    xhat = (centred / centred.square().mean(1, keepdim=True).sqrt()).requires_grad_()
+    z = phi(xhat)
+    (slope,) = torch.autograd.grad(z.sum(), xhat)
+    z = z.detach()
+    q = z.square().mean().item()
+    c = ((z.sum(1).square() - z.square().sum(1)).mean() / (values * (values - 1))).item()
+    delta = torch.randn(samples, values, dtype=torch.float64, generator=generator)
+    delta = delta - delta.mean(1, keepdim=True)
+    g = slope * delta
+    through = g - g.mean(1, keepdim=True) - xhat.detach() * (g * xhat.detach()).mean(1, keepdim=True)
+    kept = (through.square().sum(1).mean() / delta.square().sum(1).mean()).item()
+    return values / ((q - c) * (values - 3)) * kept
