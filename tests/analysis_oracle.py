@@ -69,3 +69,29 @@ def growth_by_sampling(values: int, phi: Callable[[Tensor], Tensor], samples: in
     through = g - g.mean(1, keepdim=True) - xhat.detach() * (g * xhat.detach()).mean(1, keepdim=True)
     kept = (through.square().sum(1).mean() / delta.square().sum(1).mean()).item()
     return values / ((q - c) * (values - 3)) * kept
+
+
+def normalized_step(f: Callable[[Tensor], Tensor], s: Tensor, w: Tensor, g: float, step: float) -> Tensor:
+    """w − step·∂/∂w f(g·w/‖w‖_S), by autograd."""
+    w = w.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(g * w / (w @ s @ w).sqrt()), w)
+    return (w - step * gradient).detach()
+
+
+def minimum(f: Callable[[float], float], low: float, high: float, points: int = 41, rounds: int = 12) -> float:
+    """Where f is least in [low, high], by finer and finer grids."""
+    for _ in range(rounds):
+        at = [low + (high - low) * i / (points - 1) for i in range(points)]
+        best = min(range(points), key=lambda i: f(at[i]))
+        low, high = at[max(best - 1, 0)], at[min(best + 1, points - 1)]
+    return (low + high) / 2
+
+
+def finite_difference(f: Callable[[Tensor], float], x: Tensor, step: float = 1e-5) -> Tensor:
+    """∇f by central differences."""
+    gradient = torch.zeros_like(x)
+    for i in range(len(x)):
+        e = torch.zeros_like(x)
+        e[i] = step
+        gradient[i] = (f(x + e) - f(x - e)) / (2 * step)
+    return gradient

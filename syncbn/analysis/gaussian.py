@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bisection import Bracket, bisect
-from .gdnp import derivatives
+from .gdnp import derivative, derivatives
 
 STEP, WIDTH = 0.1, 7.5  # of the trapezoidal grid, in standard deviations; Gauss-Hermite fails for tanh(g·z), which has poles
 
@@ -20,7 +20,7 @@ STEP, WIDTH = 0.1, 7.5  # of the trapezoidal grid, in standard deviations; Gauss
 class GaussianHalfspace:
     """`Halfspace` of E φ(z·w̃) by quadrature."""
 
-    def __init__(self, u: Tensor, sigma: Tensor, loss: Callable[[Tensor], Tensor] = F.softplus, step: float = 0.01) -> None:
+    def __init__(self, u: Tensor, sigma: Tensor, loss: Callable[[Tensor], Tensor] = F.softplus, step: float = 0.02) -> None:
         self.u, self.sigma, self.loss = u, sigma, loss
         self.second = sigma + torch.outer(u, u)
         self.nodes, self.weights = grid(step)
@@ -39,7 +39,7 @@ class GaussianHalfspace:
 
     def slope(self, w: Tensor) -> Callable[[float], float]:
         along = self._along(w)
-        return lambda g: (self.weights @ (derivatives(self.loss, g * along)[0] * along)).item()
+        return lambda g: (self.weights @ (derivative(self.loss, g * along) * along)).item()
 
     def value(self, weight: Tensor) -> float:
         """f(w̃)."""
@@ -89,7 +89,7 @@ class TanhUnits:
         self.first, self.other = nodes[:, None], nodes[None]
         self.weights = weights[:, None] * weights
 
-    def train(self, unit: int, start: Tensor, steps: int, halvings: int = 50) -> UnitRun:
+    def train(self, unit: int, start: Tensor, steps: int, halvings: int = 40) -> UnitRun:
         """Descend on a unit from direction `start`, (d,), then put it on the line."""
         w = self._unit(start)
         bracket = self._length(unit, w, halvings)

@@ -137,7 +137,7 @@ class SampleHalfspace:
 
     def slope(self, w: Tensor) -> Callable[[float], float]:
         along = self.rows.x @ w
-        return lambda g: self.rows.mean(derivatives(self.loss, g * along)[0] * along).item()
+        return lambda g: self.rows.mean(derivative(self.loss, g * along) * along).item()
 
 
 def gdnp_halfspace(
@@ -208,6 +208,13 @@ def _told(path: list[tuple[Tensor, Bracket | None]], u: Tensor, largest: float) 
     unbounded = brackets[-1] is None
     weight = directions[-1] if unbounded else lengths[-1] * directions[-1]
     return Descent(weight, directions, lengths, -(directions @ u).square(), largest, widths, unbounded)
+
+
+def derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """φ' of an elementwise function."""
+    t = t.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(function(t).sum(), t)[0]
 
 
 def derivatives(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Kohler et al. 2018, arXiv:1805.10694; measured over bound is 1 at most, and may 
 """
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ ROUNDING = 1 + 1e-4  # a measured rate over its bound: the bounds are tight
 
 NOTES = [
     "gradient descent is not sub-linear on least squares with positive definite S: with step 1/L it has the same bound "
-    "(1−µ/L)^(2t); GDNP is that direction with the best length, 10 to 15 % fewer iterations. What is gained is that batch norm "
-    "converges for any step, where gradient descent diverges above 2/L",
+    "(1−µ/L)^(2t); GDNP is that direction with the best length, 15 % fewer iterations at the median of 80 random problems, up "
+    "to 28 % more on 6 of them. What is gained is that batch norm converges for any step, where gradient descent diverges "
+    "above 2/L",
     "the halfspace step takes h = E φ'·(u·w) − E φ''·(u·w̃)(u·w); with (E φ'')²-terms as published the linear rate is lost",
     "the bisection's term is 4^−(T+1)·(ζ|b−a|/µ)²; no best length exists for bounded losses such as the sigmoid: reported",
     "the Rayleigh rate is of the A-metric's gradient, exponent 2 per step; with the Euclidean gradient and A ≠ I it fails",
@@ -58,7 +60,7 @@ def run(settings: Settings) -> Outcome:
         two.set_xscale("log")
         for (name, curve), color in zip(half_path.items(), (BLUE, GRAY), strict=True):
             three.plot(curve, color=color, label=name, linestyle=":" if name == "bound" else "-")
-        four.plot(range(1, len(values) + 1), values, "o-", color=COLORS[0])
+        four.plot(range(len(values)), values, "o-", color=COLORS[0])
         for axes in (one, two, three):
             axes.set_yscale("log")
             legend(axes)
@@ -108,9 +110,9 @@ def least_squares(conditions: tuple[float, ...], settings: Settings) -> tuple[li
     worst, claims, path = 0.0, [], {}
     for condition in settings.track(conditions, "gdnp: least squares"):
         counts = []
-        for seed in settings.seeds:
-            problem = quadratic(condition, seed)
-            steps = int(12 * condition)
+        for number in range(5 * len(settings.seeds)):
+            problem = quadratic(condition, 1000 * number + settings.seeds[number // 5])
+            steps = int(13 * condition)
             found = gdnp_least_squares(*rows_of(problem), steps, problem.start)
             above = found.quotients - problem.best
             plain = gradient_descent(problem, 1 / (2 * problem.largest), steps)
@@ -119,9 +121,11 @@ def least_squares(conditions: tuple[float, ...], settings: Settings) -> tuple[li
             if condition == 100:
                 bound = above[0] * problem.rate ** torch.arange(steps + 1)
                 path = {"gradient descent, step 1/L": plain, "GDNP": above, "bound": bound}
-        share = max(mine / theirs for mine, theirs in counts)
-        text = f"least squares, condition {condition:g}: iterations to 1e-10, GDNP over gradient descent"
-        claims.append(at_most(text, share, 1.0))
+        needed = math.log(1e-10) / math.log(problem.rate)
+        text = f"least squares, condition {condition:g}: iterations to 1e-10, "
+        claims.append(at_most(text + "most, over the bound's", max(mine for mine, _ in counts) / needed, 1 + 1 / needed))
+        shares = sorted(mine / theirs for mine, theirs in counts)
+        claims.append(at_most(text + "median of GDNP over gradient descent", shares[len(shares) // 2], 1.0))
     return [at_most("least squares: ρ−ρ* of a step over the bound's", worst, ROUNDING), *claims], path
 
 
