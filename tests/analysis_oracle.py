@@ -1,6 +1,7 @@
 """The measures of syncbn.analysis on the whole batch in one process, by plain autograd of torch; imports nothing of syncbn."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -95,3 +96,19 @@ def finite_difference(f: Callable[[Tensor], float], x: Tensor, step: float = 1e-
         e[i] = step
         gradient[i] = (f(x + e) - f(x - e)) / (2 * step)
     return gradient
+
+
+def shifted_gradients(
+    model: nn.Module, groups: list[list[str]], measured: list[str], loss: Loss, batch: Any, updated: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """G and G' of the measured parameter of each group: on copies whose groups before it are updated."""
+    start = gradients(model, loss, batch)
+    before, after = [], []
+    for number, name in enumerate(measured):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for path in itertools.chain(*groups[:number]):
+                moved.get_parameter(path).copy_(updated[path])
+        before.append(start[name])
+        after.append(gradients(moved, loss, batch)[name])
+    return before, after

@@ -45,7 +45,7 @@ def weights_of(module: nn.Module) -> list[nn.Parameter]:
 
 
 def layers_run(model: nn.Module, forward: Callable[[], Tensor]) -> list[Layer]:
-    """The layers by their first call in `forward`, which is run once. A shared parameter belongs to the first.
+    """The layers by where their first call in `forward` begins, which is run once. A shared parameter belongs to the first.
 
     Parameters that no called module holds go with the module registered before theirs.
 
@@ -53,12 +53,17 @@ def layers_run(model: nn.Module, forward: Callable[[], Tensor]) -> list[Layer]:
         ValueError: there is none.
     """
     order: dict[nn.Module, str] = {}
+    paths = {module: path or type(module).__name__ for path, module in model.named_modules() if trained(module)}
 
-    def called(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        order.setdefault(module, path)
+    def begins(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        order.setdefault(module, paths[module])
 
-    with calls_seen(model, called, lambda module: bool(trained(module))):
+    handles = [module.register_forward_pre_hook(begins) for module in paths]
+    try:
         forward()
+    finally:
+        for handle in handles:
+            handle.remove()
     followers = _followers(model, order)
     layers: list[Layer] = []
     early: list[nn.Parameter] = []  # before the first layer: updated with it

@@ -1,0 +1,116 @@
+"""Internal covariate shift: how much the gradient of a layer changes when the layers before it are updated.
+
+Requirements
+    - the protocol to the letter: all gradients at step t first; then layer by layer, each measured with the layers before it
+      updated and the rest not, on the same batch; the update of a layer uses its gradient of step t;
+    - gradients are averaged over the ranks first and compared then; all ranks run all passes.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..collectives import GroupLike
+from .layers import layers_run
+from .objective import Loss, Objective, cosine, norm, objective
+
+
+class LayerShift(NamedTuple):
+    """Of the weights W_i of a layer: G_i at step t, G'_i with the layers before it at step t + 1."""
+
+    name: str  # path of the module
+    cosine: float  # ⟨G, G'⟩/(‖G‖·‖G'‖); NaN where one is zero
+    l2: float  # ‖G − G'‖
+    relative: float  # ‖G − G'‖/‖G‖
+
+
+class Shift(NamedTuple):
+    """No shift: cosines 1, distances 0."""
+
+    layers: tuple[LayerShift, ...]  # in the order in which forward runs them; the first is (1, 0) by definition
+    cosine: float  # mean over the layers but the first
+    relative: float
+
+
+def gradient_correlation(
+    model: nn.Module, loss: Loss, batch: Any, optimizer_or_lr: Optimizer | float, process_group: GroupLike = None
+) -> Shift:
+    """The internal covariate shift of the layers of a network in the step that an optimizer would take now.
+
+        G_i  = ∇_{W_i} L(W_1ᵗ, …, W_kᵗ)          G'_i = ∇_{W_i} L(W_1ᵗ⁺¹, …, W_{i−1}ᵗ⁺¹, W_iᵗ, …, W_kᵗ)          on one batch
+
+    (Santurkar et al. 2018, arXiv:1805.11604, definition 2.1.) k + 1 passes for k layers: one for their order, one for all G_i,
+    one for each G'_i but the first. A layer is a weight with the parameters that run with it (bias, batch norm affine): see
+    `layers_run`. Neither model nor optimizer is changed. Which of two networks has the larger shift depends on the learning
+    rate and on how long they have trained: compare them early, at the same rate.
+
+    Args:
+        model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.
+        optimizer_or_lr: an optimizer of the model's parameters, whose next step is taken on a copy; or the learning rate of
+            plain gradient descent. 0 is a control: cosines 1, distances exactly 0.
+
+    Raises:
+        ValueError: as `objective`; a learning rate that is no number of 0 or more; an optimizer of none of the parameters;
+            no layer with weights.
+    """
+    with objective(model, loss, batch, process_group) as goal:
+        layers = layers_run(goal.model, goal.local)
+        _, gradients = goal.gradients()
+        updated = dict(zip(goal.parameters, _updated(goal, gradients, optimizer_or_lr), strict=True))
+        at_start = dict(zip(goal.parameters, gradients, strict=True))
+        found = []
+        for number, layer in enumerate(layers):
+            before = [at_start[parameter] for parameter in layer.weights]
+            after = before if number == 0 else goal.gradients(layer.weights)[1]
+            found.append(_compared(layer.name, before, after))
+            with torch.no_grad():
+                for parameter in layer.parameters:
+                    parameter.copy_(updated[parameter])
+    rest = found[1:]
+    return Shift(tuple(found), _mean([one.cosine for one in rest]), _mean([one.relative for one in rest]))
+
+
+def _compared(name: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> LayerShift:
+    distance, length = norm([a - b for a, b in zip(before, after, strict=True)]), norm(before)
+    return LayerShift(name, cosine(before, after), distance, distance / length if length > 0 else math.nan)
+
+
+def _updated(goal: Objective, gradients: Sequence[Tensor], optimizer_or_lr: Optimizer | float) -> list[Tensor]:
+    """What the parameters would be after the step."""
+    if not isinstance(optimizer_or_lr, Optimizer):
+        rate = optimizer_or_lr
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
+            raise ValueError(f"given optimizer_or_lr={rate!r}; expected an Optimizer or a learning rate of 0 or more")
+        return [p.detach() - rate * g.to(p.dtype) for p, g in zip(goal.parameters, gradients, strict=True)]
+    shared = {id(p): p for group in optimizer_or_lr.param_groups for p in group["params"]}
+    if not shared.keys() & {id(parameter) for parameter in goal.parameters}:
+        given = type(optimizer_or_lr).__name__
+        raise ValueError(f"given a {given} that holds no parameter of the model; expected the model's own")
+    stepped = copy.deepcopy(optimizer_or_lr, dict(shared))  # its state is a copy, its parameters are the model's
+    others = [p for p in shared.values() if not any(p is mine for mine in goal.parameters)]
+    kept = [p.detach().clone() for p in goal.parameters]
+    absent = [(p, p.grad) for p in others]
+    try:
+        for parameter, gradient in zip(goal.parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        for parameter in others:
+            parameter.grad = None
+        type(stepped).step(stepped)
+        return [parameter.detach().clone() for parameter in goal.parameters]
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(goal.parameters, kept, strict=True):
+                parameter.copy_(value)
+        for parameter, gradient_or_none in absent:
+            parameter.grad = gradient_or_none
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Over those that are numbers; NaN if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
