@@ -21,19 +21,21 @@ SEEDS = (21, 22, 23)
 
 
 class Net(nn.Module):
-    """Registered in another order than it runs; a batch norm, a scale of its own, a shared layer, a frozen one."""
+    """Registered in another order than it runs; a batch norm, a scale of its own, one called twice and tied, one frozen."""
 
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(4, 3)
         self.first, self.norm = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4)
         self.twice = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 4, bias=False)
+        self.tied.weight = self.twice.weight
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x):
         z = F.relu(self.norm(self.first(x))).mean(2) * self.scale
-        z = self.twice(torch.tanh(self.frozen(self.twice(z))))
+        z = self.tied(torch.tanh(self.frozen(self.twice(self.twice(z)))))
         return self.head(torch.tanh(z))
 
 

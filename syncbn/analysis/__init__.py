@@ -3,21 +3,30 @@
 from .factor import GrowthFactor, growth_factor
 from .gdnp import Descent, gdnp_halfspace, gdnp_least_squares
 from .growth import Growth, advice, gradient_growth
+from .lanczos import Ritz
+from .landscape import Landscape, gradient_landscape, hessian_spectrum
 from .rayleigh import Ascent, rayleigh_ascent
 from .shift import LayerShift, Shift, gradient_correlation
+from .smoothness import LayerSmoothness, batch_norm_smoothness
 
 __all__ = [
     "Ascent",
     "Descent",
     "Growth",
     "GrowthFactor",
+    "Landscape",
     "LayerShift",
+    "LayerSmoothness",
+    "Ritz",
     "Shift",
     "advice",
+    "batch_norm_smoothness",
     "gdnp_halfspace",
     "gdnp_least_squares",
     "gradient_correlation",
     "gradient_growth",
+    "gradient_landscape",
     "growth_factor",
+    "hessian_spectrum",
     "rayleigh_ascent",
 ]

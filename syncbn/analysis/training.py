@@ -1,13 +1,15 @@
 """Plain training for the experiments, over the ranks there are: each takes its share of the same global batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import collectives
-from .networks import Data
+from .networks import Data, accuracy, classification
 from .ranks import resolve, sum_over_ranks
 
 Batch = TypeVar("Batch", bound=tuple[Any, ...])
@@ -38,20 +40,17 @@ def descend(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: A
     return total.item() / size
 
 
-def train(model: nn.Module, batches: Iterator[Data], steps: int, lr: float, momentum: float = 0.9) -> list[float]:
-    """SGD with momentum on the cross entropy, in this process; the share of each batch that was labelled rightly."""
+def train(model: nn.Module, batches: Iterator[Data], steps: int, lr: float, momentum: float = 0.9) -> None:
+    """SGD with momentum on the cross entropy, in this process."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum)
-    right = []
-    for _ in range(steps):
-        batch = next(batches)
-        output = model(batch.x)
+    for batch in itertools.islice(batches, steps):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(output, batch.labels).backward()
+        classification(model, batch).backward()
         optimizer.step()
-        right.append((output.argmax(1) == batch.labels).double().mean().item())
-    return right
 
 
-def epochs(right: Sequence[float], steps: int) -> list[float]:
-    """The mean of each `steps` values."""
-    return [sum(right[i : i + steps]) / steps for i in range(0, len(right) - steps + 1, steps)]
+def training_accuracy(model: nn.Module, data: Data, size: int = 64) -> float:
+    """The share of the training images that the model labels rightly in training mode, by batches; the model is left alone."""
+    model = copy.deepcopy(model).train()
+    parts = [accuracy(model, Data(*parts)) * len(parts[0]) for parts in zip(*(x.split(size) for x in data), strict=True)]
+    return sum(parts) / len(data.x)
