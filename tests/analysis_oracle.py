@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,3 +112,60 @@ def shifted_gradients(
         before.append(start[name])
         after.append(gradients(moved, loss, batch)[name])
     return before, after
+
+
+class Around(NamedTuple):
+    """A batch norm layer: ‖∂L/∂y‖², ‖∂L/∂z‖², γ²/(v+ε)-weighted ‖∂L/∂z‖², uᵀĤu and (Ju)ᵀH(Ju), J = ∂z/∂y."""
+
+    gradient_sq: float
+    without_sq: float
+    scaled_sq: float
+    curvature: float
+    curvature_rest: float
+
+
+def around(layer: nn.Module, behind: Callable[[Tensor], Tensor], y: Tensor) -> Around:
+    """L = behind(layer(y)); by dense Jacobian and Hessians."""
+    layer = copy.deepcopy(layer)
+
+    def norm(y: Tensor) -> Tensor:
+        return nn.functional.batch_norm(y, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+
+    y = y.detach()
+    z = norm(y).detach()
+    u = torch.autograd.functional.jacobian(lambda y: behind(norm(y)), y).flatten()
+    g = torch.autograd.functional.jacobian(behind, z)
+    size = y.numel()
+    by_y = torch.autograd.functional.hessian(lambda y: behind(norm(y)), y).reshape(size, size)
+    by_z = torch.autograd.functional.hessian(behind, z).reshape(size, size)
+    ju = torch.autograd.functional.jacobian(norm, y).reshape(size, size) @ u
+    dims = [0, *range(2, y.dim())]
+    scale = layer.weight.detach().square() / (y.var(dims, correction=0) + layer.eps)
+    scaled = (scale * g.square().sum(dims)).sum()
+    values = (u @ u, g.square().sum(), scaled, u @ by_y @ u, ju @ by_z @ ju)
+    return Around(*(value.item() for value in values))
+
+
+def along_the_gradient(model: nn.Module, loss: Loss, batch: Any, step: float) -> tuple[float, Tensor, Tensor]:
+    """L(W − ηG), G and the gradient there, flat."""
+    start = gradients(model, loss, batch)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter -= step * start[name]
+    there = gradients(moved, loss, batch)
+    flat, flat_there = (torch.cat([value.flatten() for value in each.values()]) for each in (start, there))
+    return loss(moved, batch).item(), flat, flat_there
+
+
+def hessian(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
+    """By all parameters, dense."""
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    shapes = [parameter.shape for parameter in model.parameters()]
+
+    def value(flat: Tensor) -> Tensor:
+        parts = {name: part.view(shape) for name, part, shape in zip(names, flat.split(sizes), shapes, strict=True)}
+        return loss(lambda x: torch.func.functional_call(model, parts, (x,)), batch)
+
+    return torch.autograd.functional.hessian(value, torch.cat([p.detach().flatten() for p in model.parameters()]))
