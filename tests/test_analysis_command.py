@@ -1,0 +1,208 @@
+"""`python -m syncbn analyze`: what is said before anything starts, the exit status, the user's own network, and torchrun."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from syncbn.__main__ import main
+from syncbn.analysis import claims, run
+from syncbn.analysis.claims import Claim, Outcome, at_least, at_most, near
+from syncbn.analysis.experiments import growth as experiment
+
+MODULE = "test_analysis_command"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def deep():
+    """Twelve equal layers; as many samples per rank as values."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(12) for part in (nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(8, 64), lambda model, x: model(x).square().mean()
+
+
+def only_a_model():
+    return nn.Linear(2, 2)
+
+
+def without_loss():
+    return nn.Linear(2, 2), torch.randn(2, 2), None
+
+
+def that_raises():
+    raise OSError("no weights")
+
+
+def without_gradient():
+    return nn.Linear(2, 2), torch.randn(2, 2), lambda model, x: model(x).argmax()
+
+
+def without_batch_norm():
+    return nn.Linear(2, 2), torch.randn(2, 2), lambda model, x: F.mse_loss(model(x), x)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyze"], "the following arguments are required: what"),
+        (["analyze", "moise"], "invalid choice: 'moise'"),
+        (["analyze", "noise", "--model", "a:b"], "given --model with noise; expected growth"),
+        (["analyze", "noise", "--seeds", "-1"], "given '-1'; expected a whole number"),
+        (["analyze", "noise", "--seeds", "x"], "given 'x'; expected a whole number"),
+        (["analyze", "noise", "--out", "/nowhere"], "expected a directory that can be written to"),
+    ],
+)
+def test_usage_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_some_experiments_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["analyze", "noise"])
+    assert "given 2 ranks for noise; expected one: only growth and shift run data parallel" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_said_first(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    assert main(["analyze", "growth"]) == 1
+    assert (
+        'matplotlib not installed; expected what the experiments need: pip install "syncbn[analysis]"'
+        in capsys.readouterr().err
+    )
+
+
+def outcome(*measured):
+    def draw(figure):
+        figure.subplots().plot([0, 1], [1, 2])
+
+    return Outcome([at_most("a claim", value, 1.0) for value in measured], ["a note"], draw)
+
+
+@pytest.mark.parametrize(("measured", "status", "said"), [((0.5,), 0, "every claim holds"), ((0.5, 2.0), 1, "1 claim FAILED")])
+def test_the_exit_status_is_that_of_the_claims(measured, status, said, monkeypatch, capsys, tmp_path):
+    seen = []
+    monkeypatch.setattr(experiment, "run", lambda settings: seen.append(settings) or outcome(*measured))
+    assert main(["analyze", "growth", "--quick", "--seeds", "3", "7", "--out", str(tmp_path)]) == status
+    assert (seen[0].quick, seen[0].seeds) == (True, (3, 7))
+    out = capsys.readouterr().out
+    assert said in out
+    assert "note: a note" in out
+    assert ("FAILS" in out) == (status == 1)
+    assert (tmp_path / "syncbn-growth.png").read_bytes().startswith(PNG)
+
+
+def test_all_runs_every_experiment(monkeypatch, tmp_path):
+    ran = []
+    for name in run.NAMES:
+        module = importlib.import_module(f"syncbn.analysis.experiments.{name}")
+        monkeypatch.setattr(module, "run", lambda settings, name=name: ran.append(name) or outcome(0.0))
+    assert main(["analyze", "all", "--out", str(tmp_path)]) == 0
+    assert ran == ["noise", "shift", "growth", "smoothness", "gdnp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"syncbn-{name}.png" for name in ran)
+
+
+def test_an_interrupt(monkeypatch, capsys, tmp_path):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    assert main(["analyze", "growth", "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_claims():
+    assert at_most("x", 1.0, 1.0).holds
+    assert not at_most("x", 1.1, 1.0).holds
+    assert at_least("x", 1.0, 1.0).holds
+    assert not at_least("x", 0.9, 1.0).holds
+    assert near("x", 1.019, 1.0, 0.02).holds
+    assert not near("x", 0.979, 1.0, 0.02).holds
+    for nothing in (at_most("x", float("nan"), 1.0), at_least("x", float("nan"), 1.0), near("x", float("nan"), 1.0, 0.1)):
+        assert not nothing.holds
+    table = claims.shown(Outcome([Claim("text", "≤ 1", "2", False)], [], print))
+    assert table.splitlines() == ["claim  expected  measured  verdict", "text   ≤ 1       2         FAILS"]
+
+
+def test_your_own_network(capsys):
+    assert main(["analyze", "growth", "--model", f"{MODULE}:deep"]) == 0
+    out = capsys.readouterr().out
+    assert "0      1      " in out
+    assert "33     12     " in out
+    assert "fitted: the squared norm of weight gradients grows by lambda_sq" in out
+    assert "8 values per channel: lambda_sq 1.79" in out
+    assert "2 ranks: unsynchronized, 4 values per channel: lambda_sq 3.08" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{MODULE}", "expected module:function"),
+        (f"{MODULE}:only_a_model", "returned Linear; expected (model, batch, loss)"),
+        (f"{MODULE}:without_loss", "returned (Linear, Tensor, NoneType); expected (model, batch, loss)"),
+        (f"{MODULE}:without_gradient", "expected a tensor of one value that needs a gradient"),
+        (f"{MODULE}:that_raises", "failed with OSError"),
+        (f"{MODULE}:absent", "failed with AttributeError"),
+        ("no_such_module:f", "failed with ModuleNotFoundError"),
+    ],
+)
+def test_a_network_that_does_not_work(name, message, capsys):
+    assert main(["analyze", "growth", "--model", name]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_network_without_batch_norm(capsys):
+    assert main(["analyze", "growth", "--model", f"{MODULE}:without_batch_norm"]) == 0
+    assert "no batch norm layer: nothing to synchronize" in capsys.readouterr().out
+
+
+def torchrun(*arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "syncbn", *arguments]
+    here = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_your_own_network_under_torchrun(tmp_path):
+    done = torchrun("analyze", "growth", "--model", f"{MODULE}:deep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fitted:") == 1
+    assert (
+        "unsynchronized, 8 values per channel: lambda_sq 1.79; synchronized, 16 values per channel: lambda_sq 1.59"
+        in done.stdout
+    )
+    assert done.stdout.rstrip().endswith(": synchronize")
+
+
+def test_the_experiment_under_torchrun(tmp_path):
+    done = torchrun("analyze", "growth", "--quick", "--seeds", "0", "1", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks of 32 values, synchronized: lambda_sq of 64 values" in done.stdout
+    assert "2 ranks of 32 values, unsynchronized: lambda_sq of 32 values" in done.stdout
+    assert (tmp_path / "syncbn-growth.png").read_bytes().startswith(PNG)
+
+
+def test_the_command_line_imports_no_package_of_the_experiments():
+    code = "import sys, syncbn.__main__, syncbn.analysis; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not {"matplotlib", "sklearn"} & set(done.stdout.split())  # torch itself looks for tqdm

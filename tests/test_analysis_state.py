@@ -1,0 +1,178 @@
+"""Whatever happens in a measure, the model is afterwards as it was: parameters, gradients, buffers, modes, random state."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import worlds
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn.analysis import (
+    BatchNoise,
+    batch_norm_smoothness,
+    gradient_bias,
+    gradient_correlation,
+    gradient_growth,
+    gradient_landscape,
+    hessian_spectrum,
+)
+
+
+class PassError(Exception):
+    """Raised in a pass on purpose."""
+
+
+def network():
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        BatchNoise(0, 0),
+        nn.Tanh(),
+        nn.Dropout(0.3),
+        nn.Linear(6, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 3),
+    )
+    model[6].eval()
+    model[5].bias.requires_grad_(False)
+    model[0].weight.grad = torch.full_like(model[0].weight, 0.5)
+    model.double()
+    return model
+
+
+def batch(size=9):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(size, 4, dtype=torch.float64, generator=generator), torch.arange(size) % 3
+
+
+class Loss:
+    """Cross entropy; tramples on what it should leave alone, and raises in its n-th call."""
+
+    def __init__(self, raises_at=None):
+        self.calls, self.raises_at = 0, raises_at
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        output = model(batch[0])
+        if self.calls == self.raises_at:
+            model.eval()
+            model[5].bias.requires_grad_(True)
+            model[0].weight.grad.mul_(2)
+            model[7].weight.grad = torch.ones_like(model[7].weight)
+            raise PassError
+        return F.cross_entropy(output, batch[1])
+
+
+MEASURES = {
+    "growth": lambda model, loss, batch: gradient_growth(model, batch, loss),
+    "shift": lambda model, loss, batch: gradient_correlation(model, loss, batch, 0.1),
+    "shift by Adam": lambda model, loss, batch: gradient_correlation(model, loss, batch, torch.optim.Adam(model.parameters())),
+    "smoothness": batch_norm_smoothness,
+    "landscape": functools.partial(gradient_landscape, lr=0.1),
+    "spectrum": functools.partial(hessian_spectrum, iterations=3),
+    "bias": lambda model, loss, batch: gradient_bias(model, loss, lambda number: [batch, batch], batch, 2),
+}
+CALLS = {"growth": 1, "shift": 4, "shift by Adam": 4, "smoothness": 1, "landscape": 5, "spectrum": 1, "bias": 5}
+
+
+class Snapshot:
+    """Of all that a measure could change, by value and by identity."""
+
+    def __init__(self, model):
+        self.random = torch.get_rng_state()
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.tensors = [(t, t.clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+        self.gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        self.hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+    def check(self, model):
+        assert torch.equal(torch.get_rng_state(), self.random)
+        assert [(module, module.training) for module in model.modules()] == self.modes
+        for now, (tensor, value, requires_grad) in zip((*model.parameters(), *model.buffers()), self.tensors, strict=True):
+            assert now is tensor
+            assert torch.equal(now, value)
+            assert now.requires_grad == requires_grad
+        for parameter, gradient, value in self.gradients:
+            assert parameter.grad is gradient
+            assert gradient is None or torch.equal(gradient, value)
+        assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == self.hooks
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_leaves_the_model_as_it_was(name):
+    model, loss = network(), Loss()
+    before = Snapshot(model)
+    MEASURES[name](model, loss, batch())
+    before.check(model)
+    assert loss.calls == CALLS[name]
+
+
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name, calls in CALLS.items() for at in range(1, calls + 1)])
+def test_an_exception_in_any_pass_leaves_the_model_as_it_was(name, at):
+    model = network()
+    before = Snapshot(model)
+    with pytest.raises(PassError):
+        MEASURES[name](model, Loss(at), batch())
+    before.check(model)
+
+
+def test_the_snapshot_sees_changes():
+    for change in (
+        lambda model: model.eval(),
+        lambda model: torch.rand(1),
+        lambda model: model[1].running_mean.add_(1),
+        lambda model: model[0].weight.grad.add_(1),
+        lambda model: model[0].weight.data.add_(1),
+        lambda model: model[7].bias.requires_grad_(False),
+        lambda model: model.zero_grad(),
+        lambda model: model.register_forward_hook(print),
+    ):
+        model = network()
+        before = Snapshot(model)
+        change(model)
+        with pytest.raises(AssertionError):
+            before.check(model)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_pass_sees_the_same_noise(name):
+    """Twice the same figures, dropout and noise layers in training mode."""
+    model = network()
+    one, other = (MEASURES[name](model, Loss(), batch()) for _ in range(2))
+    assert repr(one) == repr(other)
+
+
+def _wrapped(world):
+    """In DistributedDataParallel and out of it; the gradients of a backward of the user's own follow."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    syncbn.convert(model, world.group)
+    wrapped = DistributedDataParallel(model, process_group=world.group)
+    share = tuple(part.chunk(world.size)[world.rank] for part in batch(8))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    found = [gradient_correlation(each, loss, share, 0.5, world.group).layers[1].cosine for each in (model, wrapped)]
+    loss(wrapped, share).backward()
+    return found, model[0].weight.grad
+
+
+def test_a_wrapped_model_is_measured_and_trains_on():
+    (found, gradient), (_, other) = worlds.run(2, _wrapped)
+    assert found[0] == found[1]
+    assert torch.equal(gradient, other)
+    ((alone, expected),) = worlds.run(1, _wrapped)
+    assert found[0] == pytest.approx(alone[0], rel=1e-12)
+    assert torch.allclose(gradient, expected, rtol=1e-11, atol=1e-14)
+
+
+def test_inside_no_grad():
+    model = network()
+    plain = gradient_growth(model, batch(), Loss()).first_over_last
+    with torch.no_grad():
+        assert gradient_growth(model, batch(), Loss()).first_over_last == plain
