@@ -16,6 +16,7 @@ from syncbn.analysis.experiments.gdnp_problems import (
     batch_norm_descent,
     gaussian_problem,
     gradient_descent,
+    halfspace_descent,
     leading,
     quadratic,
     rows_of,
@@ -119,7 +120,8 @@ def test_least_squares_converge_within_the_bound(condition):
     for seed in range(300, 310):
         problem = quadratic(condition, seed)
         found = gdnp_least_squares(*rows_of(problem), int(6 * condition), problem.start)
-        above = found.quotients - problem.best
+        above = problem.above(found.directions)
+        assert torch.allclose(above, found.quotients - problem.best, rtol=0, atol=1e-10 * above[0].item())
         for before, after in itertools.pairwise(above):
             if before > 1e-11 * above[0]:
                 assert after <= TIGHT * problem.rate * before
@@ -174,6 +176,9 @@ def test_halfspaces_converge_within_the_bound(seed):
     norms, bound = experiment.gradient_bound(problem, found, bounds, smallest, largest)
     assert (norms <= TIGHT * bound).all()
     assert norms[-1] < 1e-4 * norms[0]
+    plain = halfspace_descent(problem, found.lengths[0] * found.directions[0], 4 / largest, 300)  # step 1/ζ
+    assert norms[0].item() == pytest.approx(plain[0].item(), rel=1e-9)
+    assert norms[-1] < plain[-1]
     assert F.cosine_similarity(found.weight, goal, dim=0).abs().item() == pytest.approx(1, abs=1e-4)
 
 

@@ -173,6 +173,11 @@ def test_tanh_at_finite_batch_grows_by_quadrature():
     assert found == pytest.approx(growth_factor(8, torch.tanh).lambda_sq, rel=0.03)
 
 
+def test_a_convolution_has_as_many_values_as_positions():
+    assert experiment.convolutional(2, 4, SEEDS).holds
+    assert experiment.convolutional(2, 4, SEEDS).expected.startswith("1.522")
+
+
 def test_without_batch_norm_nothing_grows():
     build = experiment.KINDS["no batch norm, He initialization"]
     squares = experiment.squares(lambda seed: build(seed, 30), 64, (*SEEDS, 104, 105), 256)

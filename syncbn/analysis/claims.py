@@ -54,7 +54,7 @@ def near(text: str, measured: float, expected: float, relative: float) -> Claim:
 
 
 def _compared(text: str, measured: float, sign: str, limit: float, holds: Callable[[float, float], bool]) -> Claim:
-    return Claim(text, f"{sign} {limit:.5g}", f"{measured:.4g}", bool(holds(measured, limit)))
+    return Claim(text, f"{sign} {limit:.5g}", f"{measured:.5g}", bool(holds(measured, limit)))
 
 
 def shown(outcome: Outcome) -> str:

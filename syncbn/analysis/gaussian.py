@@ -108,7 +108,7 @@ class TanhUnits:
             by_w = g * (gradient - (w @ gradient) * (self.second @ w))
             along = self.u - (self.u @ w) * (self.second @ w)
             off = by_w - (by_w @ along) / along.square().sum().clamp(min=1e-300) * along
-            if along.norm() > 1e-6 * self.u.norm():  # not at its goal, where both are rounding
+            if along.norm() > 1e-4 * self.u.norm():  # not at its goal, where it is rounding
                 off_line = max(off_line, (off.norm() / by_w.norm()).item())
             h = factor * (self.u @ w)
             if abs(h) > 1e-14:

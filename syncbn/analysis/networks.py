@@ -170,15 +170,33 @@ def _weights(seed: int, depth: int, width: int, variance: float) -> Iterator[nn.
         yield layer
 
 
+def convolutions(seed: int, depth: int, channels: int) -> nn.Sequential:
+    """`depth` layers z → relu(batch norm(W∗z)), 3×3 with circular padding, W ~ N(0, 1/(9·channels))."""
+    generator, modules = torch.Generator().manual_seed(seed), list[nn.Module]()
+    for _ in range(depth):
+        made = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="circular", bias=False, device="meta")
+        layer = made.to_empty(device="cpu")
+        with torch.no_grad():
+            layer.weight.normal_(std=(9 * channels) ** -0.5, generator=generator)
+        modules += [layer, SplitBatchNorm(), nn.ReLU()]
+    return nn.Sequential(*modules)
+
+
 class Projection(NamedTuple):
-    x: Tensor  # (B, width)
-    direction: Tensor  # (B, width)
+    x: Tensor  # (B, width), or images (N, C, H, W)
+    direction: Tensor  # likewise
 
 
 def projection_data(seed: int, samples: int, width: int) -> Projection:
     """Gaussian input and direction V."""
     generator = torch.Generator().manual_seed(20_000 + seed)
     return Projection(torch.randn(samples, width, generator=generator), torch.randn(samples, width, generator=generator))
+
+
+def image_data(seed: int, samples: int, channels: int, side: int) -> Projection:
+    """Gaussian images and direction."""
+    generator = torch.Generator().manual_seed(30_000 + seed)
+    return Projection(*torch.randn(2, samples, channels, side, side, generator=generator))
 
 
 def projection(model: nn.Module, batch: Projection) -> Tensor:

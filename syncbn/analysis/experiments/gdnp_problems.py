@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..gaussian import GaussianHalfspace
+
 
 class Quadratic(NamedTuple):
     """f(w̃) = 2u·w̃ + w̃ᵀSw̃ + const."""
@@ -23,6 +25,15 @@ class Quadratic(NamedTuple):
     def best(self) -> float:
         """ρ*."""
         return -(self.u @ torch.linalg.solve(self.s, self.u)).item()
+
+    def above(self, directions: Tensor) -> Tensor:
+        """(T+1,) ρ(w) − ρ* of directions (T+1, d) with ‖w‖_S = 1, without a difference of large numbers.
+
+        ‖w* − ⟨w*, w⟩_S·w‖_S² for w* = S⁻¹u.
+        """
+        goal = torch.linalg.solve(self.s, self.u)
+        apart = goal - (directions @ self.u)[:, None] * directions
+        return ((apart @ self.s) * apart).sum(1)
 
     @property
     def rate(self) -> float:
@@ -96,3 +107,13 @@ def gaussian_problem(seed: int, d: int, condition: float) -> tuple[Tensor, Tenso
     sigma = turned(torch.logspace(0, math.log10(condition), d, dtype=torch.float64), generator) / math.sqrt(condition)
     u, start = torch.randn(2, d, dtype=torch.float64, generator=generator)
     return u / math.sqrt(d), sigma, start
+
+
+def halfspace_descent(problem: GaussianHalfspace, start: Tensor, step: float, steps: int) -> Tensor:
+    """(T+1,) ‖∇f‖²_{S⁻¹} of plain gradient descent on the weight."""
+    weight, inverse, norms = start, torch.linalg.inv(problem.second), []
+    for _ in range(steps + 1):
+        gradient = problem.gradient(weight)[0]
+        norms.append(gradient @ inverse @ gradient)
+        weight = weight - step * gradient
+    return torch.stack(norms)

@@ -16,7 +16,17 @@ from ...convert import convert
 from ..claims import Claim, Outcome, Settings, at_least, at_most, near
 from ..factor import Activation, GrowthFactor, growth_factor
 from ..growth import fitted, gradient_growth
-from ..networks import NO_EPS, Projection, SplitBatchNorm, growth_network, projection, projection_data, skip_network
+from ..networks import (
+    NO_EPS,
+    Projection,
+    SplitBatchNorm,
+    convolutions,
+    growth_network,
+    image_data,
+    projection,
+    projection_data,
+    skip_network,
+)
 from ..plots import BLUE, COLORS, GRAY, RED, legend, panels, powers_of_two
 
 WIDTH, DEPTH = 512, 30
@@ -29,8 +39,8 @@ Build = Callable[[int], nn.Module]
 NOTES = [
     "π/(π−1) = 1.467, of which the literature speaks as the growth of the norm, is that of the SQUARED norm (lambda_sq); "
     "the norm itself grows by 1.211 per layer (lambda_norm)",
-    '"no matter what nonlinearity" holds at finite batch alone for the identity: (B−2)/(B−3) → 1; any other activation has '
-    "lambda_sq > 1 for every batch",
+    'explosion "no matter what nonlinearity": for the identity at finite batch alone, (B−2)/(B−3) → 1; for any other '
+    "activation lambda_sq > 1 at every batch size",
     "skip connections make the growth polynomial, not absent; statistics taken as constants in backward do not cure it",
 ]
 
@@ -51,6 +61,7 @@ def run(settings: Settings) -> Outcome:
         *(_near("ReLU", "relu", B, found) for B, found in relu.items()),
         *(_near("identity", "identity", B, found) for B, found in linear.items()),
         *others(seeds, settings),
+        *(convolutional(*sizes, seeds) for sizes in ((2, 4), (4, 8))),
         Claim("no batch norm, He initialization: lambda_sq", "1 ± 0.03", f"{plain:.4g}", abs(plain - 1) <= 0.03),
         at_most("skip connections, 80 layers: squared first/last ratio", ratios["skip connections"][-1], 1e3),
         at_least("plain batch norm, 80 layers: squared first/last ratio", ratios["batch norm"][-1], 1e10),
@@ -128,6 +139,17 @@ def others(seeds: Sequence[int], settings: Settings) -> list[Claim]:
         found = factor_of(layer, 64, seeds).lambda_sq
         claims.append(near(f"{name}, 64 values: lambda_sq by quadrature", found, growth_factor(64, function).lambda_sq, 0.02))
     return claims
+
+
+def convolutional(samples: int, side: int, seeds: Sequence[int]) -> Claim:
+    """A convolution's values per channel are N·H·W: 20 layers of 64 channels."""
+    total: Tensor = torch.zeros(())
+    for seed in seeds:
+        growth = gradient_growth(convolutions(seed, 20, 64), image_data(seed, samples, 64, side), projection)
+        total = total + torch.tensor([layer.weight_norm**2 for layer in growth.layers], dtype=torch.float64)
+    values = samples * side**2
+    text = f"3×3 convolutions, {samples}×{side}×{side} = {values} values per channel: lambda_sq"
+    return near(text, fitted(range(1, 21), total.tolist()).lambda_sq, growth_factor(values).lambda_sq, 0.03)
 
 
 def _near(name: str, activation: str, values: int, found: GrowthFactor) -> Claim:
