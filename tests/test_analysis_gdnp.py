@@ -163,7 +163,7 @@ def gaussian(seed):
     return GaussianHalfspace(u, sigma), start
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_halfspaces_converge_within_the_bound(seed):
     problem, start = gaussian(seed)
     found = descend(problem, 300, 40, start)
@@ -251,7 +251,7 @@ def tanh_units(seed):
     return TanhUnits(u, sigma, (2.0, -1.5, 1.0)), start
 
 
-@pytest.mark.parametrize("seed", SEEDS[:2])
+@pytest.mark.parametrize("seed", SEEDS[:1])
 def test_tanh_units_converge_one_by_one(seed):
     network, _ = tanh_units(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,5 @@
 """Analysis callbacks: what they log is what the measures give, on two ranks as on one, and the training stays to the bit."""
 
-import functools
-import importlib
 import os
 
 import pytest
@@ -11,9 +9,8 @@ import worlds
 from torch import nn
 from torch.utils.data import DataLoader
 
-NAMESPACES = ["lightning.pytorch", "pytorch_lightning"]
-for name in NAMESPACES:
-    pytest.importorskip(name)
+pl = pytest.importorskip("lightning.pytorch")
+other = pytest.importorskip("pytorch_lightning")
 
 import syncbn  # noqa: E402
 from syncbn.analysis import gradient_correlation, gradient_growth, gradient_landscape  # noqa: E402
@@ -39,8 +36,8 @@ def cross_entropy(module, batch):
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
-def module(namespace):
-    class Module(importlib.import_module(namespace).LightningModule):
+def module():
+    class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.net = network()
@@ -57,11 +54,10 @@ def module(namespace):
     return Module()
 
 
-def fit(namespace, rank, size, callbacks, directory):
+def fit(rank, size, callbacks, directory):
     """(what was logged by step, the state afterwards)."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in places.items()} | {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    pl = importlib.import_module(namespace)
     logged = {}
 
     class Log(pl.loggers.logger.DummyLogger):
@@ -73,30 +69,21 @@ def fit(namespace, rank, size, callbacks, directory):
         accelerator="cpu", devices=size, strategy="ddp", max_epochs=1, logger=Log(), callbacks=callbacks,
         enable_checkpointing=False, default_root_dir=directory, plugins=[SyncBatchNormPlugin()], **quiet,
     )  # fmt: skip
-    made = module(namespace)
+    made = module()
     trainer.fit(made, DataLoader(batches(rank, size), batch_size=None))
     return logged, {name: value.clone() for name, value in made.net.state_dict().items()}
 
 
 def _fits(world, directory):
-    return {namespace: _fit_both(world, namespace, directory) for namespace in NAMESPACES}
-
-
-def _fit_both(world, namespace, directory):
     told = []
     callbacks = [
         analysis.GradientGrowthMonitor(cross_entropy, told.append),
         analysis.GradientCorrelationMonitor(cross_entropy, 2),
         analysis.GradientLandscapeMonitor(cross_entropy, 4),
     ]
-    watched = fit(namespace, world.rank, world.size, callbacks, directory)
-    plain = fit(namespace, world.rank, world.size, [], directory)
+    watched = fit(world.rank, world.size, callbacks, directory)
+    plain = fit(world.rank, world.size, [], directory)
     return watched, plain, told
-
-
-@functools.cache
-def fits(directory):
-    return worlds.run_fresh(2, _fits, directory, timeout=120)
 
 
 def expected():
@@ -113,9 +100,8 @@ def expected():
     return found
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-def test_callbacks_log_the_measures_and_change_nothing(namespace, tmp_path_factory):
-    results = [each[namespace] for each in fits(str(tmp_path_factory.getbasetemp()))]
+def test_callbacks_log_the_measures_and_change_nothing(tmp_path):
+    results = worlds.run_fresh(2, _fits, str(tmp_path), timeout=120)
     for (_, state), (_, plain), _ in results:
         assert all(torch.equal(state[name], plain[name]) for name in plain)
     (logged, _), _, told = results[0]
@@ -135,6 +121,12 @@ def test_callbacks_log_the_measures_and_change_nothing(namespace, tmp_path_facto
         if step % 4 == 0:
             assert metrics["analysis/effective_beta"] == pytest.approx(landscape.effective_beta, rel=1e-8)
             assert metrics["analysis/loss_range"] == pytest.approx(landscape.loss_range, rel=1e-8)
+
+
+def test_both_namespaces_take_the_callbacks():
+    for kind in (analysis.GradientGrowthMonitor, analysis.GradientCorrelationMonitor, analysis.GradientLandscapeMonitor):
+        assert issubclass(kind, pl.Callback)
+        assert issubclass(kind, other.Callback)
 
 
 def test_bad_arguments():

@@ -1,7 +1,6 @@
 """Internal covariate shift: the protocol against copies of the model, optimizers, ranks, and the experiments' claims."""
 
 import copy
-import itertools
 import math
 import statistics
 
@@ -223,14 +222,13 @@ def test_the_deep_linear_network_has_more_shift_with_batch_norm_and_trains_faste
         assert other.losses[-1] < one.losses[-1]
 
 
-def _paths(world):
+def _path(world):
     """The experiment on the ranks of the whole job."""
-    return [experiment.vgg_path(1, norm, steps=3, every=2) for norm in (False, True)]
+    return experiment.vgg_path(1, True, steps=2, every=2)
 
 
 def test_the_experiment_is_the_same_on_four_ranks():
-    alone = _paths(None)
-    for paths in worlds.run(4, _paths):
-        for path, expected in itertools.zip_longest(paths, alone):
-            assert path.cosines == pytest.approx(expected.cosines, abs=2e-4)
-            assert path.losses == pytest.approx(expected.losses, rel=1e-5)
+    alone = _path(None)
+    for path in worlds.run(4, _path):
+        assert path.cosines == pytest.approx(alone.cosines, abs=2e-4)
+        assert path.losses == pytest.approx(alone.losses, rel=1e-5)

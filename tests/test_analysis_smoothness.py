@@ -14,7 +14,7 @@ from syncbn.analysis import batch_norm_smoothness, gradient_landscape, hessian_s
 from syncbn.analysis.experiments import inequalities
 from syncbn.analysis.experiments import smoothness as experiment
 
-SEEDS = (31, 32)
+SEEDS = (31,)
 
 
 class Net(nn.Module):
@@ -214,7 +214,7 @@ def test_the_loss_is_smoother_with_batch_norm(seed):
     assert max(plain.betas) >= 1.5 * max(normed.betas)
 
 
-@pytest.mark.parametrize(("gain", "lr"), [(0.5, 0.01), (1.0, 0.1), (2.0, 0.3)])
+@pytest.mark.parametrize(("gain", "lr"), [(0.5, 0.01), (2.0, 0.3)])
 def test_batch_norm_trains_at_learning_rates_and_initializations_where_the_network_without_does_not(gain, lr):
     assert experiment.cell_accuracy(SEEDS[0], True, gain, lr) >= 0.9
     assert experiment.cell_accuracy(SEEDS[0], False, gain, lr) < 0.9

@@ -89,7 +89,7 @@ class TanhUnits:
         self.first, self.other = nodes[:, None], nodes[None]
         self.weights = weights[:, None] * weights
 
-    def train(self, unit: int, start: Tensor, steps: int, halvings: int = 40) -> UnitRun:
+    def train(self, unit: int, start: Tensor, steps: int, halvings: int = 30) -> UnitRun:
         """Descend on a unit from direction `start`, (d,), then put it on the line."""
         w = self._unit(start)
         bracket = self._length(unit, w, halvings)
