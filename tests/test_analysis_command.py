@@ -80,6 +80,13 @@ def test_some_experiments_are_for_one_process(monkeypatch, capsys):
     assert "given 2 ranks for noise; expected one: only growth and shift run data parallel" in capsys.readouterr().err
 
 
+def test_ranks_share_a_batch_of_64(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        main(["analyze", "shift"])
+    assert "given 3 ranks; expected a number that divides the batch of 64" in capsys.readouterr().err
+
+
 def test_what_is_not_installed_is_said_first(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
     assert main(["analyze", "growth"]) == 1

@@ -171,6 +171,12 @@ def test_a_wrapped_model_is_measured_and_trains_on():
     assert torch.allclose(gradient, expected, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("way", [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile() or model])
+def test_a_compiled_model_runs_eagerly(way):
+    plain = gradient_growth(network(), batch(), Loss())
+    assert gradient_growth(way(network()), batch(), Loss()) == plain
+
+
 def test_inside_no_grad():
     model = network()
     plain = gradient_growth(model, batch(), Loss()).first_over_last

@@ -51,7 +51,7 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
     Args:
         values: B, how many values of a channel enter a mean: N·H·W over all ranks that synchronize. math.inf for the limit.
         activation: "relu", "identity", or any function of a float64 tensor that works elementwise and has a derivative, by
-            quadrature, good to 2e-4 (1e-4 with kinks, 1e-5 for the fewest values).
+            quadrature, good to 2e-4 with kinks and 1e-5 without.
         gain, shift: g and b of the batch norm.
 
     Returns:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..accumulation import is_compiled
 from ..collectives import GroupLike
 from .ranks import resolve, size_of, sum_over_ranks
 
@@ -71,7 +72,7 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
 
     Args:
         model: any module, in DistributedDataParallel or not; it stays in the mode it is in, and a compiled one runs eagerly.
-        loss: called with the model (out of its wrapper) and the batch, gives the mean loss of this rank's share, (). Where
+        loss: called with the model (out of its wrappers) and the batch, gives the mean loss of this rank's share, (). Where
             shares are unequal, times n_rank·W/n, so that the mean over ranks is that of all samples.
         batch: this rank's share, handed to `loss`.
         process_group: the ranks whose shares make the batch; None: all ranks. Each of them comes.
@@ -79,10 +80,12 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
     Raises:
         ValueError: no parameter of the model requires a gradient; in a pass, `loss` gives no scalar tensor with a gradient.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
     state = State(inner)
     try:
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        eagerly = torch.compiler.set_stance("force_eager") if is_compiled(inner) else contextlib.nullcontext()
+        with eagerly, torch.enable_grad():
             yield Objective(inner, loss, batch, process_group, state)
     finally:
         state.restore()
@@ -110,22 +113,14 @@ class Objective:
             raise ValueError(f"given a loss that returns {given}; expected a tensor of one value that needs a gradient")
         return value.reshape(()) / self.size
 
-    def value(self) -> float:
-        """The objective."""
-        with torch.no_grad():
-            self.state.begin()
-            part = self.loss(self.model, self.batch).detach().reshape(()) / self.size
-        return self.sum([part])[0].item()
-
     def gradients(self, parameters: Sequence[Tensor] | None = None) -> tuple[float, list[Tensor]]:
         """The objective, and its gradients by the parameters (None: all), float64 and averaged over the ranks."""
         wanted = self.parameters if parameters is None else list(parameters)
         part = self.local()
-        return self._summed(part, torch.autograd.grad(part, wanted, allow_unused=True), wanted)
-
-    def _summed(self, part: Tensor, gradients: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
-        value, *summed = self.sum([part, *filled])
+        found = torch.autograd.grad(part, wanted, allow_unused=True)
+        value, *summed = self.sum(
+            [part, *(torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True))]
+        )
         return value.item(), summed
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from .. import collectives
 
 NAMES = ("noise", "shift", "growth", "smoothness", "gdnp")
 PARALLEL = ("growth", "shift")
+BATCH = 64  # of the experiments that ranks share
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
 
 
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and options.what not in PARALLEL:
         parser.error(f"given {ranks} ranks for {options.what}; expected one: only {' and '.join(PARALLEL)} run data parallel")
+    if ranks > 1 and options.model is None and BATCH % ranks:
+        parser.error(f"given {ranks} ranks; expected a number that divides the batch of {BATCH}")
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing and options.model is None:
         say(f'{", ".join(missing)} not installed; expected what the experiments need: pip install "syncbn[analysis]"')

@@ -114,10 +114,10 @@ def _draw(figure: Any, seed: int, plain: Run, normed: Run, grid: Grid) -> None:
         betas.plot(one.steps, one.betas, color=color, label=f"effective β, {name}")
         some = one.steps[::6][: len(one.eigenvalues)]
         betas.plot(some, one.eigenvalues, "o", color=color, label=f"largest eigenvalue, {name}")
-    for norm, color, name in ((False, RED, "without"), (True, BLUE, "with")):
+    for norm, color, name in ((False, RED, "without batch norm"), (True, BLUE, "with batch norm")):
         for gain, style in zip(GAINS, (":", "-", "--"), strict=False):
             values = [grid[seed, norm, gain, rate] for rate in RATES]
-            accuracies.plot(RATES, values, style, marker="o", color=color, label=f"{name} batch norm, weights × {gain:g}")
+            accuracies.plot(RATES, values, style, marker="o", color=color, label=name if gain == 1 else None)
     accuracies.set_xscale("log")
     for axes in (losses, distances, betas):
         axes.set_yscale("log")
@@ -129,5 +129,5 @@ PANELS = [
     ("Loss along the gradient, learning rate 0.1", "step", "loss from η = 0.05 to 0.4"),
     ("Gradient predictiveness", "step", "largest ‖G − ∇L(W − ηG)‖"),
     ("Smoothness", "step", "effective β; largest Hessian eigenvalue"),
-    ("Robustness to learning rate and initialization", "learning rate", "training accuracy after 3 epochs"),
+    ("Initial weights × 0.5 (dotted), × 1, × 2 (dashed)", "learning rate", "training accuracy after 3 epochs"),
 ]
