@@ -53,10 +53,11 @@ class Loss:
     """Cross entropy; tramples on what it should leave alone, and raises in its n-th call."""
 
     def __init__(self, raises_at=None):
-        self.calls, self.raises_at = 0, raises_at
+        self.calls, self.raises_at, self.seen = 0, raises_at, []
 
     def __call__(self, model, batch):
         self.calls += 1
+        self.seen.append((torch.rand(3), model[1].running_mean.clone(), model[2].step.clone()))
         output = model(batch[0])
         if self.calls == self.raises_at:
             model.eval()
@@ -139,11 +140,14 @@ def test_the_snapshot_sees_changes():
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_every_pass_sees_the_same_noise(name):
-    """Twice the same figures, dropout and noise layers in training mode."""
-    model = network()
-    one, other = (MEASURES[name](model, Loss(), batch()) for _ in range(2))
+def test_every_pass_begins_alike(name):
+    """The same random numbers, running statistics and steps of noise; and so the same figures twice."""
+    model, loss = network(), Loss()
+    one, other = (MEASURES[name](model, loss, batch()) for _ in range(2))
     assert repr(one) == repr(other)
+    assert len(loss.seen) == 2 * CALLS[name]
+    for seen in loss.seen:
+        assert all(torch.equal(a, b) for a, b in zip(seen, loss.seen[0], strict=True))
 
 
 def _wrapped(world):
