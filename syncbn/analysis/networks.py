@@ -131,6 +131,14 @@ class SplitBatchNorm(nn.Module):
         return torch.cat(parts)
 
 
+class FixedBatchNorm(nn.Module):
+    """Batch norm (N, C) without affine whose statistics are constants in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x.detach(), 0, correction=0)
+        return (x - mean) * (var + NO_EPS).rsqrt()
+
+
 class Skip(nn.Module):
     """z + body(z)."""
 
@@ -168,6 +176,11 @@ def _weights(seed: int, depth: int, width: int, variance: float) -> Iterator[nn.
         with torch.no_grad():
             layer.weight.normal_(std=math.sqrt(variance / width), generator=generator)
         yield layer
+
+
+def classifier(body: nn.Module, width: int) -> nn.Sequential:
+    """(N, 1, 8, 8) → (N, 10): digits as `width` = 64 values through a body (N, width) → (N, width)."""
+    return nn.Sequential(nn.Flatten(), body, nn.Linear(width, 10))
 
 
 def convolutions(seed: int, depth: int, channels: int) -> nn.Sequential:

@@ -28,6 +28,7 @@ from ..networks import (
     skip_network,
 )
 from ..plots import BLUE, COLORS, GRAY, RED, legend, panels, powers_of_two
+from . import growth_limits
 
 WIDTH, DEPTH = 512, 30
 BATCHES = (4, 8, 16, 32, 64, 128, 256)
@@ -66,6 +67,8 @@ def run(settings: Settings) -> Outcome:
         at_most("skip connections, 80 layers: squared first/last ratio", ratios["skip connections"][-1], 1e3),
         at_least("plain batch norm, 80 layers: squared first/last ratio", ratios["batch norm"][-1], 1e10),
         *_split_claims(split),
+        *limits(relu, seeds),
+        *growth_limits.trainability(settings),
     ]
 
     def draw(figure: Any) -> None:
@@ -139,6 +142,23 @@ def others(seeds: Sequence[int], settings: Settings) -> list[Claim]:
         found = factor_of(layer, 64, seeds).lambda_sq
         claims.append(near(f"{name}, 64 values: lambda_sq by quadrature", found, growth_factor(64, function).lambda_sq, 0.02))
     return claims
+
+
+def limits(relu: dict[int, GrowthFactor], seeds: Sequence[int]) -> list[Claim]:
+    """The size of the weights changes nothing; constant statistics make it worse."""
+
+    def factor(build: Callable[..., nn.Module], values: int, *more: float) -> float:
+        found = squares(lambda seed: build(seed, DEPTH, WIDTH, *more), values, seeds)
+        return fitted(range(1, DEPTH + 1), found).lambda_sq
+
+    constant = {B: factor(growth_limits.detached, B) / relu[B].lambda_sq for B in (8, 64)}
+    five, one = factor(growth_limits.scaled, 64, 5.0), relu[64].lambda_sq
+    text = "ReLU, statistics constant in backward: lambda_sq over that of batch norm, {} values"
+    return [
+        near("ReLU, 64 values, all weights × 5: lambda_sq is that of × 1", five, one, 1e-3),
+        at_least(text.format(8), constant[8], 1.1),
+        at_least(text.format(64), constant[64], 1.0),
+    ]
 
 
 def convolutional(samples: int, side: int, seeds: Sequence[int]) -> Claim:
