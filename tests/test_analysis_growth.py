@@ -13,6 +13,7 @@ from torch import nn
 import syncbn
 from syncbn.analysis import advice, gradient_growth, growth_factor
 from syncbn.analysis.experiments import growth as experiment
+from syncbn.analysis.experiments import growth_limits
 from syncbn.analysis.growth import Growth, NormLayer, fitted
 from syncbn.analysis.networks import NO_EPS
 
@@ -187,6 +188,27 @@ def test_without_batch_norm_nothing_grows():
 def test_skip_connections_grow_slowly():
     assert experiment.ratio(experiment.KINDS["skip connections"], 80, SEEDS) < 1e3
     assert experiment.ratio(experiment.KINDS["batch norm"], 80, SEEDS[:1]) > 1e10
+
+
+def _lambda_sq(build, values):
+    return fitted(range(1, 31), experiment.squares(build, values, SEEDS)).lambda_sq
+
+
+def test_constant_statistics_do_not_cure_growth():
+    for values, expected in ((8, 2.131), (64, 1.512)):
+        found = _lambda_sq(lambda seed: growth_limits.detached(seed, 30, 512), values)
+        assert found == pytest.approx(expected, rel=0.04 if values == 8 else 0.02)
+        assert found > RELU[values]
+
+
+def test_the_size_of_the_weights_does_not_matter():
+    once = _lambda_sq(lambda seed: growth_limits.scaled(seed, 30, 512, 1.0), 64)
+    assert _lambda_sq(lambda seed: growth_limits.scaled(seed, 30, 512, 5.0), 64) == pytest.approx(once, rel=1e-3)
+
+
+def test_what_explodes_does_not_train():
+    assert growth_limits.best(False, 80, SEEDS[0], (1e-2,)) < 0.5
+    assert growth_limits.best(True, 80, SEEDS[0], (1e-2,)) > 0.9
 
 
 def _split_growth(world, synchronized):
