@@ -17,9 +17,10 @@ import syncbn
 def main() -> None:
     fault, seconds = sys.argv[1], float(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")  # processes may start far apart; what counts is the group that is trained over
+    dist.init_process_group("gloo")  # processes may start far apart; what counts is the group of the layers
     group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
-    model = DistributedDataParallel(syncbn.convert(Net(fault, dist.get_rank() == VICTIM), group), process_group=group)
+    model = DistributedDataParallel(syncbn.convert(Net(fault, dist.get_rank() == VICTIM), group))
+    dist.barrier()
     for _ in range(3):
         model(torch.randn(4, 3)).square().sum().backward()
 

@@ -211,5 +211,5 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide):
         known = constants | more
         signature = {name: ({**sizes, **pointers}.get(name) or "constexpr") for name in program.arg_names}
         assert set(known) == {name for name, kind in signature.items() if kind == "constexpr"}
-        made = triton.compile(ASTSource(program, signature, known), target=GPUTarget("cuda", 90, 32))
+        made = triton.compile(ASTSource(program, signature, known), GPUTarget("cuda", 90, 32), in_triton().OPTIONS)
         assert made.asm["cubin"]

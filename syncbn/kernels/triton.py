@@ -21,6 +21,7 @@ from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE = 2048  # values of a tile
+OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
 PROGRAMS = 1024  # programs, about, that share the sums of a tensor
 WIDE = 2**31 - TILE  # values that offsets of 32 bits reach
 
@@ -72,7 +73,7 @@ def _sums(kernel: Any, x: Tensor, *arguments: Tensor) -> None:
 def _launch(kernel: Any, x: Tensor, count: int, *arguments: Any, **sizes: Any) -> None:
     """Launch `count` programs on the device of x."""
     with torch.cuda.device_of(x):
-        kernel[(count,)](*arguments, **sizes)
+        kernel[(count,)](*arguments, **sizes, **OPTIONS)
 
 
 def _is_vector(value: Tensor | None) -> bool:
