@@ -16,7 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define TILE 4     /* rows read together, so that what is kept of the channels is read and written once for them */
 #define CHUNK 128  /* rows summed before they are added to the sums, whose rounding errors grow with the number of terms */
-#define BLOCK 256  /* halves of a row, no more, converted at once */
+#define BLOCK 256  /* float16 values of a row, no more, converted at once */
 #define AHEAD 4096 /* bytes, at least, that rows are prefetched ahead */
 #define BACK 16    /* elements, 2^16, of the rows that the way back takes at once */
 #define GRAIN 14   /* a thread has 2^14 values or more */
