@@ -17,8 +17,7 @@ from allpairspy import AllPairs
 from batches import Case
 from test_kernels import _moved, over_shares
 
-from syncbn import kernels
-from syncbn.kernels import Affine, Running, aten, in_triton
+from syncbn.kernels import TRITON_FROM_BYTES, Affine, Running, aten, in_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(in_triton() is None, reason="needs triton")
@@ -165,7 +164,7 @@ def test_what_the_kernels_do_not_read_goes_elsewhere():
 
 
 def test_no_tensor_goes_by_them_before_they_are_measured():
-    assert math.inf == kernels.TRITON_FROM_BYTES
+    assert math.inf == TRITON_FROM_BYTES
 
 
 SIZES = {"positions": "i32", "c": "i32", "s": "i32", "tiles": "i32"}
