@@ -9,7 +9,7 @@ from .convert import convert, revert
 from .fold import fold
 from .function import sync_batch_norm
 from .join import SyncBatchNormJoin
-from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncBatchNormReLU
 from .monitor import monitor
 from .population import pool_running_stats, update_bn_stats
 from .steps import even_steps
@@ -21,6 +21,7 @@ __all__ = [
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
     "SyncBatchNormJoin",
+    "SyncBatchNormReLU",
     "__version__",
     "accumulate_statistics",
     "checked",

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from . import collectives, equations
 from .collectives import Call
-from .kernels import Affine, Running, move
+from .kernels import Affine, Running, Saved, move
 
 
 def wanted() -> bool:
@@ -89,12 +89,14 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
     if mask is not None:
         if torch.is_grad_enabled() and not x.requires_grad and not wanted():
             # The backward's all_reduce is issued, needed here or not, as the kernels do: another rank may have no mask.
-            x = x.detach().requires_grad_(any(p is not None and p.requires_grad for p in affine[:2]))
+            x = x.detach().requires_grad_(
+                any(p is not None and p.requires_grad for p in (affine.weight, affine.bias, affine.residual))
+            )
         x = torch.where(mask, x, 0)
     stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
     if running is not None and (watch is None or not watch.hold):
         move(running, equations.Statistics(*(value.detach() for value in stats)))
-    y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps)
+    y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps, affine.relu, affine.residual)
     if mask is not None:
         y = torch.where(mask, y, 0)
     like = torch.empty_like(given)
@@ -104,18 +106,22 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
 def gradients(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    saved: Saved,
     eps: float,
     call: Call,  # of the backward collective
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the share's dγ and dβ (C,), as differentiable functions of dy, x and weight.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, the share's dγ and dβ (C,), and what a ReLU leaves of dy, as differentiable functions of dy, x and weight.
 
     The statistics are taken anew, so that their derivative is known: all_reduces of 2C+1 and 2C values here, and two of 2C
     when the result is differentiated, beside those of what dy depends on.
     """
     watch = _Watch()
     stats = equations.statistics(all_reduce(equations.moments(x), call, watch, constants=1))
+    if saved.relu:
+        with torch.no_grad():
+            y = equations.normalize(x, stats, saved.weight, saved.bias, eps) if saved.y is None else saved.y
+        dy = torch.where(y <= 0, 0, dy)
     local = equations.gradient_sums(dy, x, stats.mean)
     sum_dy, sum_dy_xmu = local.chunk(2)
-    dx = equations.input_gradient(dy, x, stats, weight, eps, all_reduce(local, call, watch))
-    return dx, sum_dy_xmu * equations.invstd(stats.var, eps), sum_dy
+    dx = equations.input_gradient(dy, x, stats, saved.weight, eps, all_reduce(local, call, watch))
+    return dx, sum_dy_xmu * equations.invstd(stats.var, eps), sum_dy, dy

@@ -137,8 +137,16 @@ def split(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return hi, (mean - hi.double()).to(hi.dtype)
 
 
-def normalize(x: Tensor, stats: Statistics, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """y = γ·(x − μ)·i + β in the dtype of x; differentiable in x, the statistics, weight (C,) and bias (C,)."""
+def normalize(
+    x: Tensor,
+    stats: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = γ·(x − μ)·i + β in the dtype of x, or max(y + residual, 0), rounded once; differentiable in all that is given."""
     hi, lo = split(stats.mean, x)
     scale = invstd(stats.var, eps)
     if weight is not None:
@@ -146,7 +154,9 @@ def normalize(x: Tensor, stats: Statistics, weight: Tensor | None, bias: Tensor 
     y = (x - per_channel(hi, x) - per_channel(lo, x)) * per_channel(scale, x)
     if bias is not None:
         y = y + per_channel(bias, x)
-    return y.to(x.dtype)
+    if residual is not None:
+        y = y + residual
+    return (y.relu() if relu else y).to(x.dtype)
 
 
 def running_statistics(mean: Tensor, var: Tensor, stats: Statistics, momentum: float | Tensor) -> tuple[Tensor, Tensor]:

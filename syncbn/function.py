@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import collectives, differentiable, kernels
+from .arguments import mask_problem, problem_of, residual_problem, where
 from .collectives import Call, Group, GroupLike
 from .kernels import Affine, Running, Saved
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -33,36 +32,42 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight: Tensor | None,  # (C,)
         bias: Tensor | None,  # (C,)
         eps: float,
+        relu: bool,
+        residual: Tensor | None,  # (N, C, *)
         running: Running | None,  # buffers to move
         call: Call,  # of the forward collective
     ) -> Tensor:
         compute, observers = kernels.pick(x), collectives.observers()
         message, hold = collectives.all_reduce(compute.moments(x), call, observers)
-        y, saved = compute.normalize(x, message, Affine(weight, bias, eps), None if hold else running)
-        ctx.save_for_backward(x, *saved)
+        y, saved = compute.normalize(x, message, Affine(weight, bias, eps, relu, residual), None if hold else running)
+        ctx.save_for_backward(x, *saved[:-1])
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps, ctx.call, ctx.observers = eps, call, observers
+        ctx.eps, ctx.relu, ctx.call, ctx.observers = eps, relu, call, observers
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        saved, call = Saved(*rest), ctx.call._replace(phase="backward")
+        saved, call = Saved(*rest)._replace(relu=ctx.relu), ctx.call._replace(phase="backward")
         dx: Tensor | None
+        dresidual: Tensor | None
         if torch.is_grad_enabled():  # create_graph=True
-            dx, dweight, dbias = differentiable.gradients(dy, x, saved.weight, ctx.eps, call)
+            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, ctx.eps, call)
         else:
             compute = kernels.pick(x)
             sums = compute.gradient_sums(dy, x, saved)
             # Issued whether this rank needs dx or not: the others may.
             message = collectives.all_reduce(sums.message, call, ctx.observers).message
-            dx = compute.input_gradient(dy, x, saved, message) if ctx.needs_input_grad[0] else None
-            dweight, dbias = sums.weight, sums.bias
+            _, dweight, dbias, dresidual = sums
+            passed = dy if dresidual is None else dresidual
+            dx = compute.input_gradient(passed, x, saved, message) if ctx.needs_input_grad[0] else None
         return (
             dx if ctx.needs_input_grad[0] else None,
             None if saved.weight is None else dweight.to(saved.weight.dtype),
             None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
             None,
+            None,
+            dresidual if ctx.needs_input_grad[5] else None,
             None,
             None,
         )
@@ -145,17 +150,22 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         raise ValueError(f"{error} ({where(site.layer)})") from None
     recomputing = in_backward()
     alone = group is None or group.size() == 1
-    if alone and mask is None and not site.force_sync and not collectives.observers():
+    if alone and mask is None and not site.force_sync and not collectives.observers() and not _has_kernels(x, affine):
         return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None
-    problem = _problem(x, affine, running, site.channels) or _mask_problem(x, mask)
+    problem = problem_of(x, affine, running, site.channels) or residual_problem(x, affine.residual) or mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group)
     if mask is not None or differentiable.wanted():
         return differentiable.batch_norm(x, affine, running, call, None if mask is None else _broadcast(mask, x))
-    return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.eps, running, call)
+    return _SyncBatchNorm.apply(x, *affine, running, call)
+
+
+def _has_kernels(x: Tensor, affine: Affine) -> bool:
+    """Whether x has kernels that are faster than several operators of torch, for what torch has no operator."""
+    return affine.relu and not differentiable.wanted() and kernels.pick(x) is not kernels.composed()
 
 
 def in_backward() -> bool:
@@ -175,61 +185,28 @@ def _spare(running: Running | None) -> Running | None:
 
 def _train_alone(x: Tensor, affine: Affine, running: Running | None) -> Tensor:
     """F.batch_norm as torch.nn.BatchNorm calls it, but for momentum=None, whose factor stays on the device."""
-    weight, bias, eps = affine
+    weight, bias, eps, _, _ = affine
     if running is None:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return _activated(F.batch_norm(x, None, None, weight, bias, True, 0.0, eps), affine)
     mean, var, num_batches_tracked, momentum = running
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is not None:
-        return F.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+        return _activated(F.batch_norm(x, mean, var, weight, bias, True, momentum, eps), affine)
     assert num_batches_tracked is not None, "momentum=None counts batches"
     batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
     y = F.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, eps)
     factor = num_batches_tracked.double().reciprocal()
     mean.copy_(factor * batch_mean + (1 - factor) * mean)
     var.copy_(factor * batch_var + (1 - factor) * var)
-    return y
+    return _activated(y, affine)
 
 
-def _problem(x: Tensor, affine: Affine, running: Running | None, channels: int | None) -> Exception | None:
-    """What is wrong with the arguments, if anything; all of it is known before the collective."""
-    if x.dim() < 2:
-        return ValueError(f"given input of shape {tuple(x.shape)}; expected (N, C, *), 2 dimensions or more")
-    if x.dtype not in FLOATING:
-        return TypeError(f"given input of {x.dtype}; expected float16, bfloat16, float32 or float64")
-    if affine.eps < 0:
-        return ValueError(f"given eps={affine.eps}; expected 0 or more")
-    if channels is not None and x.shape[1] != channels:
-        return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
-    if running is not None and not isinstance(running.momentum, (int, float, type(None))):
-        return TypeError(f"given momentum={running.momentum!r}; expected a number, or None for the average of all batches")
-    mean, var = (None, None) if running is None else (running.mean, running.var)
-    expected, device = x.shape[1:2], x.device
-    for name, value in (("weight", affine.weight), ("bias", affine.bias), ("running_mean", mean), ("running_var", var)):
-        if value is None:
-            continue
-        if value.shape != expected:
-            return ValueError(
-                f"given input of shape {tuple(x.shape)} and {name} of shape {tuple(value.shape)}; "
-                f"expected {name} of shape {tuple(expected)}, one value per channel"
-            )
-        if value.device != device:
-            return ValueError(f"given input on {device} and {name} on {value.device}; expected one device")
-        if value.dtype not in FLOATING:
-            return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
-    if torch.compiler.is_compiling():
-        return None
-    if running is not None and torch._C._functorch.is_batchedtensor(x) > torch._C._functorch.is_batchedtensor(running.mean):
-        return ValueError(
-            "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
-            "expected eval mode, or track_running_stats=False"
-        )
-    try:
-        kernels.check_device(x)
-    except ValueError as error:
-        return error
-    return None
+def _activated(y: Tensor, affine: Affine) -> Tensor:
+    """What is behind torch's batch norm."""
+    if affine.residual is not None:
+        y = y + affine.residual
+    return y.relu() if affine.relu else y
 
 
 def local(
@@ -242,41 +219,18 @@ def local(
     layer: str,
 ) -> Tensor:
     """F.batch_norm in eval mode, 0 where the mask is false."""
-    if mask is None:
-        return F.batch_norm(x, mean, var, affine.weight, affine.bias, by_batch, 0.0, affine.eps)
-    problem = _mask_problem(x, mask)
+    problem = residual_problem(x, affine.residual) or mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(layer)})")
+    if mask is None:
+        return _activated(F.batch_norm(x, mean, var, affine.weight, affine.bias, by_batch, 0.0, affine.eps), affine)
     mask = _broadcast(mask, x)
     if by_batch:
         return differentiable.batch_norm(x, affine, None, Call(layer, "forward", x.shape[1], x.dtype, None), mask)
     y = F.batch_norm(torch.where(mask, x, 0), mean, var, affine.weight, affine.bias, False, 0.0, affine.eps)
-    return torch.where(mask, y, 0)
-
-
-def _mask_problem(x: Tensor, mask: Tensor | None) -> Exception | None:
-    """What is wrong with the mask, if anything."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        return TypeError(f"given a mask of {mask.dtype}; expected torch.bool, true at the positions that count")
-    allowed = [(*x.shape[:1], *x.shape[2:]), (*x.shape[:1], 1, *x.shape[2:])]
-    if tuple(mask.shape) not in allowed:
-        return ValueError(
-            f"given input of shape {tuple(x.shape)} and a mask of shape {tuple(mask.shape)}; "
-            f"expected a mask of shape {allowed[0]} or {allowed[1]}"
-        )
-    if mask.device != x.device:
-        return ValueError(f"given input on {x.device} and a mask on {mask.device}; expected one device")
-    return None
+    return torch.where(mask, _activated(y, affine), 0)
 
 
 def _broadcast(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as (N, 1, *)."""
     return mask if mask.dim() == x.dim() else mask.unsqueeze(1)
-
-
-def where(layer: str) -> str:
-    """The end of an error message: which layer, on which rank."""
-    rank, size = collectives.rank_and_size()
-    return f"layer {layer!r}, rank {rank} of {size}"

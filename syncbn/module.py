@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from .arguments import where
 from .collectives import Group, GroupLike, ProcessGroup
-from .function import Site, local, train, where
+from .function import Site, local, train
 from .kernels import Affine, Running
 
 
@@ -67,12 +68,14 @@ class _Synchronized(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """y of `input` (N, C, *): where `mask`, (N, *) or (N, 1, *) bool, is true, and 0 elsewhere; see `sync_batch_norm`."""
+        return self._forward(input, Affine(self.weight, self.bias, self.eps), mask)
+
+    def _forward(self, input: Tensor, affine: Affine, mask: Tensor | None) -> Tensor:
         try:
             self._check_input_dim(input)
         except ValueError as error:
             raise ValueError(f"{error} ({where(self._name())})") from None
         mean, var = self.running_mean, self.running_var
-        affine = Affine(self.weight, self.bias, self.eps)
         if not self.training:
             return local(input, mean, var, affine, mean is None and var is None, mask, self._name())
         running = None
@@ -171,6 +174,28 @@ class SyncBatchNorm(_Synchronized):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+class SyncBatchNormReLU(SyncBatchNorm):
+    """`SyncBatchNorm` and the ReLU behind it as one layer: max(batch_norm(x) + residual, 0), rounded once.
+
+    Takes and gives back the state_dicts of nn.BatchNorm*. Backward reads the sign of the sum off x again, or off y where
+    something was added, so that nothing is kept beside x and what the next layer keeps anyway; see `syncbn.kernels`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            input: (N, C, *), as `sync_batch_norm` takes it.
+            residual: (N, C, *) of the shape, dtype and device of `input`, any strides; added before the ReLU.
+            mask: (N, *) or (N, 1, *) bool: y and the gradients of `input` and `residual` are 0 where it is false.
+
+        Raises:
+            ValueError, TypeError: a residual of another shape, device or dtype; those of `sync_batch_norm`.
+        """
+        return self._forward(input, Affine(self.weight, self.bias, self.eps, True, residual), mask)
 
 
 @contextlib.contextmanager

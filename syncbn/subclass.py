@@ -19,7 +19,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from .function import Site, train, where
+from .arguments import where
+from .function import Site, train
 from .kernels import Affine, Running
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, _Synchronized
 

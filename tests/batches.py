@@ -34,6 +34,8 @@ SPACES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "expanded")
 
+FUSED = ("none", "relu", "add relu")  # what a layer does with the normalized values
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -50,6 +52,7 @@ class Case(NamedTuple):
     param_dtype: torch.dtype | None = None  # None: that of the input
     momentum: float | None = 0.1
     eps: float = 1e-5
+    fused: str = "none"
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -98,6 +101,14 @@ def buffers(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
     return mean, (torch.rand(CHANNELS, generator=generator) + 0.5).to(dtype)
 
 
+def residuals(case: Case, seed: int = 0) -> list[Tensor] | None:
+    """What is added on each rank, in the layout of its gradients; None if nothing is."""
+    if case.fused != "add relu":
+        return None
+    generator = torch.Generator().manual_seed(seed + 3)
+    return [torch.randn(dy.shape, generator=generator).to(case.dtype) for dy in make(case, seed)[1]]
+
+
 class Result(NamedTuple):
     """What one rank computed."""
 
@@ -107,6 +118,7 @@ class Result(NamedTuple):
     dbias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
+    dresidual: Tensor | None = None
 
 
 NOTHING = oracle.Expected(*[None] * len(oracle.Expected._fields))
@@ -128,6 +140,10 @@ def plain(case: Case, xs: list[Tensor], dys: list[Tensor], seed: int = 0) -> ora
     if sum(sizes) <= 1 or (mixed and (case.param_dtype != torch.float32 or case.dtype == torch.float64)):
         return None
     y = F.batch_norm(whole, mean, var, weight, bias, True, momentum_of(case), case.eps)
+    added = residuals(case, seed)
+    if added is not None:
+        y = y + torch.cat([oracle.flat(residual) for residual in added]).t()[None]
+    y = y if case.fused == "none" else y.relu()
     y.backward(dy)
     assert whole.grad is not None
 
@@ -148,7 +164,12 @@ def check(case: Case, results: list[Result], seed: int = 0, data: Data | None = 
     xs, dys = data or make(case, seed)
     weight, bias = parameters(case, seed)
     mean, var = buffers(case, seed)
+    added = residuals(case, seed)
     expected = oracle.batch_norm(xs, dys, weight, bias, mean, var, momentum_of(case), case.eps)
+    terms = expected.y
+    if case.fused != "none":
+        expected = oracle.batch_norm(xs, dys, weight, bias, mean, var, momentum_of(case), case.eps, True, added)
+        terms = [y.abs() + (0 if added is None else added[rank].abs()) for rank, y in enumerate(terms)]
     torch_own = plain(case, xs, dys, seed)
     inv = (expected.var + case.eps).rsqrt()
     ratio = (expected.mean.abs() * inv).max().item()
@@ -165,8 +186,12 @@ def check(case: Case, results: list[Result], seed: int = 0, data: Data | None = 
         size_of_xhat = ((oracle.flat(x.double()) - expected.mean) * inv).abs().clamp(min=1)
         assert result.y.dtype == result.dx.dtype == case.dtype
         assert result.y.stride() == result.dx.stride() == torch.empty_like(x).stride(), (case, rank, x.stride())
-        near("y", result.y, expected.y[rank], expected.y[rank], own_y and own_y[rank])
+        near("y", result.y, expected.y[rank], terms[rank], own_y and own_y[rank])
         near("dx", result.dx, expected.dx[rank], gain * size_of_dy, own_dx and own_dx[rank])
+        assert (result.dresidual is None) == (added is None), "the residual's gradient"
+        if result.dresidual is not None and expected.dresidual is not None:
+            assert result.dresidual.dtype == case.dtype
+            assert torch.equal(result.dresidual.double(), expected.dresidual[rank]), f"dresidual of rank {rank} in {case}"
         if result.dweight is not None:
             near("dweight", result.dweight, expected.dweight[rank], (size_of_dy * size_of_xhat).sum(0))
         if result.dbias is not None:

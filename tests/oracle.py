@@ -21,6 +21,7 @@ class Expected(NamedTuple):
     running_var: Tensor  # (C,)
     mean: Tensor  # (C,)
     var: Tensor  # (C,) biased
+    dresidual: list[Tensor] | None = None  # by share, (N, C, *)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -37,8 +38,10 @@ def batch_norm(
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    relu: bool = False,
+    residuals: list[Tensor] | None = None,
 ) -> Expected:
-    """Normalize all shares as one batch; dys are the gradients of the outputs."""
+    """Normalize all shares as one batch, and ReLU of that and the residuals if asked for; dys are the outputs' gradients."""
     channels = shares[0].shape[1]
     xs = [x.detach().double().clone().requires_grad_() for x in shares]
     gammas = [torch.ones(channels).double() if weight is None else weight.detach().double().clone() for _ in shares]
@@ -52,11 +55,14 @@ def batch_norm(
         var = (values - mean).square().mean(0)
     else:
         mean, var = torch.zeros(channels).double(), torch.zeros(channels).double()
+    added = None if residuals is None else [residual.detach().double().clone().requires_grad_() for residual in residuals]
     ys = []
-    for x, gamma, beta in zip(xs, gammas, betas, strict=True):
+    for share, (x, gamma, beta) in enumerate(zip(xs, gammas, betas, strict=True)):
         y = gamma * (flat(x) - mean) / (var + eps).sqrt() + beta
         moved = x.movedim(1, -1)
-        ys.append(y.reshape(moved.shape).movedim(-1, 1))
+        y = y.reshape(moved.shape).movedim(-1, 1)
+        y = y if added is None else y + added[share]
+        ys.append(y.relu() if relu else y)
     torch.autograd.backward(ys, [dy.double() for dy in dys])
     new_mean = torch.zeros(channels).double() if running_mean is None else running_mean.double().clone()
     new_var = torch.ones(channels).double() if running_var is None else running_var.double().clone()
@@ -73,6 +79,7 @@ def batch_norm(
         new_var,
         mean.detach(),
         var.detach(),
+        None if added is None else [grad(residual) for residual in added],
     )
 
 

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 LAYERS = [
     {"equations", "_version"},
     {"kernels", "collectives"},
-    {"control"},
+    {"control", "arguments"},
     {"differentiable"},
     {"function"},
     {"module"},

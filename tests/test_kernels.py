@@ -8,10 +8,11 @@ import oracle
 import pytest
 import tolerance
 import torch
+from allpairspy import AllPairs
 from batches import Case, Result
 
 from syncbn import equations
-from syncbn.kernels import Affine, GradientSums, Running, Saved, aten, compiled, pick
+from syncbn.kernels import Affine, GradientSums, Running, aten, compiled, keep, pick
 
 
 class Equations:
@@ -26,19 +27,27 @@ class Equations:
             mean, var = equations.running_statistics(running.mean, running.var, stats, running.momentum)
             running.mean.copy_(mean)
             running.var.copy_(var)
-        y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps)
+        y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps, affine.relu, affine.residual)
         out = torch.empty_like(x).copy_(y)
-        return out, Saved(stats.mean, equations.invstd(stats.var, affine.eps), stats.count, affine.weight)
+        return out, keep(affine, stats.mean, equations.invstd(stats.var, affine.eps), stats.count, out)
+
+    @staticmethod
+    def passed(dy, x, saved):
+        stats = equations.Statistics(saved.mean, saved.invstd.pow(-2), saved.count)
+        y = equations.normalize(x, stats, saved.weight, saved.bias, 0.0) if saved.y is None else saved.y
+        return torch.where(y <= 0, 0, dy) if saved.relu else dy
 
     @staticmethod
     def gradient_sums(dy, x, saved):
+        dy = Equations.passed(dy, x, saved)
         message = equations.gradient_sums(dy, x, saved.mean)
         sum_dy, sum_dy_xmu = message.chunk(2)
-        return GradientSums(message, sum_dy_xmu * saved.invstd, sum_dy)
+        return GradientSums(message, sum_dy_xmu * saved.invstd, sum_dy, None if saved.y is None else dy)
 
     @staticmethod
     def input_gradient(dy, x, saved, message):
         stats = equations.Statistics(saved.mean, saved.invstd.pow(-2), saved.count)
+        dy = dy if saved.y is not None else Equations.passed(dy, x, saved)
         return torch.empty_like(x).copy_(equations.input_gradient(dy, x, stats, saved.weight, 0.0, message))
 
 
@@ -68,19 +77,22 @@ def over_shares(kernels, case: Case, seed: int = 0) -> list[Result]:
     assert message.shape == (2 * batches.CHANNELS + 1,)
     assert message.dtype == torch.float64
     applied = []
-    for x in xs:
+    added = batches.residuals(case, seed) or [None] * case.world
+    for x, residual in zip(xs, added, strict=True):
         running = Running(*batches.buffers(case, seed), None, batches.momentum_of(case))
-        applied.append((*kernels.normalize(x, message, Affine(weight, bias, case.eps), running), running))
+        affine = Affine(weight, bias, case.eps, case.fused != "none", residual)
+        applied.append((*kernels.normalize(x, message, affine, running), running))
     sums = [kernels.gradient_sums(dy, x, saved) for dy, x, (_, saved, _) in zip(dys, xs, applied, strict=True)]
     total = torch.stack([s.message for s in sums]).sum(0)
     return [
         Result(
             y,
-            kernels.input_gradient(dy, x, saved, total),
+            kernels.input_gradient(dy if s.dy is None else s.dy, x, saved, total),
             None if weight is None else s.weight.to(weight.dtype),
             None if bias is None else s.bias.to(bias.dtype),
             running.mean,
             running.var,
+            s.dy,
         )
         for x, dy, s, (y, saved, running) in zip(xs, dys, sums, applied, strict=True)
     ]
@@ -111,6 +123,61 @@ def test_affine_parameters_and_eps(kernels, affine, eps):
     for dtype, param_dtype in itertools.product(batches.DTYPES, (None, *batches.DTYPES)):
         case = Case(3, dtype=dtype, param_dtype=param_dtype, affine=affine, eps=eps)
         batches.check(case, over_shares(kernels, case))
+
+
+FUSED_AXES = {
+    "world": [1, 2, 3, 4],
+    "shares": list(batches.SHARES),
+    "space": list(batches.SPACES),
+    "layout": batches.LAYOUTS,
+    "affine": ["both", "weight", "bias", "none"],
+    "param_dtype": [None, torch.float32, torch.bfloat16],
+}
+
+
+@every_kernel
+@pytest.mark.parametrize("fused", ["relu", "add relu"])
+@pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
+def test_with_a_relu_behind_it(kernels, dtype, fused):
+    for row in AllPairs(list(FUSED_AXES.values())):
+        case = Case(**dict(zip(FUSED_AXES, row, strict=True)), dtype=dtype, fused=fused)
+        batches.check(case, over_shares(kernels, case))
+
+
+@real_kernel
+@pytest.mark.parametrize("fused", ["relu", "add relu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
+def test_the_relu_of_backward_is_that_of_forward_to_the_bit(kernels, dtype, layout, fused):
+    """dβ of dy = 1 counts the values that passed, of which many are as near to 0 as the dtype has them."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-3, 4, (6, 3, 40, 13), generator=generator)
+    unit = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)  # above the error of a sum of float64
+    x = batches.lay_out((1 + steps.double() * unit).to(dtype), layout)
+    message = kernels.moments(x)
+    residual = torch.full_like(x, -0.125) if fused == "add relu" else None
+    bias = torch.full((3,), 0.125 if residual is not None else 0.0, dtype=torch.float64)
+    y, saved = kernels.normalize(x, message, Affine(None, bias, 1e-5, True, residual), None)
+    ones = torch.ones_like(x)
+    sums = kernels.gradient_sums(ones, x, saved)
+    passed = (y > 0).double().sum([0, 2, 3])
+    assert passed.min() > 0
+    assert passed.max() < x.numel() // 3
+    assert torch.equal(sums.message[:3], passed)
+    dx = kernels.input_gradient(ones if sums.dy is None else sums.dy, x, saved, torch.zeros(6).double())
+    assert torch.equal(dx != 0, y > 0)
+
+
+@real_kernel
+@pytest.mark.parametrize("added", [False, True])
+def test_what_is_no_number_passes_a_relu_as_in_torch(kernels, added):
+    x = torch.randn(40, 3)
+    x[7, 1] = float("nan")
+    affine = Affine(None, None, 1e-5, True, torch.zeros(40, 3) if added else None)
+    y, saved = kernels.normalize(x, kernels.moments(x), affine, None)
+    assert y[:, 1].isnan().all()
+    assert y[:, ::2].isfinite().all()
+    assert kernels.gradient_sums(torch.ones(40, 3), x, saved).message[1].item() == 40
 
 
 @every_kernel

@@ -5,6 +5,10 @@
     gradient_sums(dy, x, saved) → sums                     reduce: [G1, G2], (2C,) float64, and the local dγ, dβ
     input_gradient(dy, x, saved, message) → dx             apply
 
+With a ReLU behind it, normalize gives y = max(γ·x̂ + β + residual, 0), and dy is 0 wherever y is: gradient_sums and
+input_gradient see to that by x itself, or, if something was added, gradient_sums by y, and returns what is left of dy for
+input_gradient to take in place of it. The derivative of the ReLU at 0 is 0.
+
 `syncbn.equations` is the reference that every implementation is tested against. All of them keep the strides that
 `torch.empty_like` gives, return the dtype of x, and never wait for the device.
 """
@@ -29,6 +33,8 @@ class Affine(NamedTuple):
     weight: Tensor | None  # (C,) any floating dtype
     bias: Tensor | None  # (C,) any floating dtype
     eps: float
+    relu: bool = False
+    residual: Tensor | None = None  # (N, C, *) in the dtype of x; added before the ReLU, and never without one
 
 
 class Running(NamedTuple):
@@ -47,6 +53,9 @@ class Saved(NamedTuple):
     invstd: Tensor  # (C,) float64
     count: Tensor  # type: ignore[assignment]  # () float64, of the whole batch
     weight: Tensor | None  # (C,)
+    bias: Tensor | None = None  # (C,) where a ReLU goes by x
+    y: Tensor | None = None  # (N, C, *) where it goes by y
+    relu: bool = False
 
 
 class GradientSums(NamedTuple):
@@ -55,6 +64,7 @@ class GradientSums(NamedTuple):
     message: Tensor  # (2C,) float64 [G1, G2]
     weight: Tensor  # (C,) local dγ, float64, or float32 where neither x nor weight is float64
     bias: Tensor  # (C,) local dβ, of the same dtype
+    dy: Tensor | None = None  # (N, C, *) what the ReLU leaves of it, where it goes by y; the gradient of the residual
 
 
 class Kernels(Protocol):
@@ -70,6 +80,13 @@ class Compiled(Kernels, Protocol):
     """Kernels that do not take every tensor."""
 
     def takes(self, x: Tensor) -> bool: ...
+
+
+def keep(affine: Affine, mean: Tensor, invstd: Tensor, count: Tensor, y: Tensor) -> Saved:
+    """What backward needs: no y but for the sign of a sum, no bias but for that of the normalized values."""
+    by_y = affine.residual is not None
+    bias = affine.bias if affine.relu and not by_y else None
+    return Saved(mean, invstd, count, affine.weight, bias, y if by_y else None, affine.relu)
 
 
 def move(running: Running, stats: Statistics) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import equations
 from ..equations import channel_dims, compute_dtype, per_channel
-from . import Affine, GradientSums, Running, Saved, move
+from . import Affine, GradientSums, Running, Saved, keep, move
 
 
 def _shifted(x: Tensor, shift: Tensor) -> Tensor:
@@ -45,22 +45,44 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     invstd = equations.invstd(stats.var, affine.eps)
     if running is not None:
         move(running, stats)
-    hi, lo = equations.split(stats.mean, x)
-    scale = invstd if affine.weight is None else invstd * affine.weight
-    shift = -scale * lo if affine.bias is None else affine.bias - scale * lo
-    y = _shifted(x, hi).mul_(per_channel(scale, x)).add_(per_channel(shift, x))
-    return y.to(x.dtype), Saved(stats.mean, invstd, stats.count, affine.weight)
+    y = _affine(x, stats.mean, invstd, affine.weight, affine.bias)
+    if affine.residual is not None:
+        y = y.add_(affine.residual)
+    y = (y.relu_() if affine.relu else y).to(x.dtype)
+    return y, keep(affine, stats.mean, invstd, stats.count, y)
+
+
+def _affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """γ·x̂ + β in the dtype x is computed in."""
+    hi, lo = equations.split(mean, x)
+    scale = invstd if weight is None else invstd * weight
+    shift = -scale * lo if bias is None else bias - scale * lo
+    return _shifted(x, hi).mul_(per_channel(scale, x)).add_(per_channel(shift, x))
+
+
+def _passed(dy: Tensor, x: Tensor, saved: Saved) -> Tensor:
+    """What the ReLU leaves of dy."""
+    if not saved.relu:
+        return dy
+    y = saved.y
+    if y is None:
+        y = _affine(x, saved.mean, saved.invstd, saved.weight, saved.bias).to(x.dtype)
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
+    dy = _passed(dy, x, saved)
     hi, lo = equations.split(saved.mean, x)
     sum_dy = dy.sum(channel_dims(x), dtype=compute_dtype(x.dtype)).double()
     sum_dy_xhi = _shifted(x, hi).mul_(dy).sum(channel_dims(x)).double()
     sum_dy_xmu = sum_dy_xhi - lo * sum_dy
-    return GradientSums(torch.cat([sum_dy, sum_dy_xmu]), sum_dy_xmu * saved.invstd, sum_dy)
+    message, passed = torch.cat([sum_dy, sum_dy_xmu]), None if saved.y is None else dy
+    return GradientSums(message, sum_dy_xmu * saved.invstd, sum_dy, passed)
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
+    if saved.y is None:
+        dy = _passed(dy, x, saved)
     sum_dy, sum_dy_xmu = message.chunk(2)
     hi, lo = equations.split(saved.mean, x)
     n = saved.count.clamp(min=1)

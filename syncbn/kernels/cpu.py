@@ -95,9 +95,9 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
-    weight, bias, eps = affine
+    weight, bias, eps, _, _ = affine
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    if not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
+    if affine.relu or not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
         return aten.normalize(x, message, affine, running)
     if tracked is not None and tracked.dtype != torch.int64:
         return aten.normalize(x, message, affine, running)
@@ -130,7 +130,9 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    mean, invstd, _, weight = saved
+    if saved.relu:
+        return aten.gradient_sums(dy, x, saved)
+    mean, invstd, _, weight, *_ = saved
     c, dy, message = x.shape[1], like(dy, x), mean.new_empty(2 * x.shape[1])
     dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64
     sums = GradientSums(message, mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
@@ -151,8 +153,8 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
-    mean, invstd, count, weight = saved
-    if not _is_vector(weight):
+    mean, invstd, count, weight, *_ = saved
+    if saved.relu or not _is_vector(weight):
         return aten.input_gradient(dy, x, saved, message)
     dx, dy = torch.empty_like(x), like(dy, x)
     call = CALL.pack(

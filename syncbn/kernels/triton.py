@@ -96,9 +96,9 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
-    weight, bias, eps = affine
+    weight, bias, eps, _, _ = affine
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    if not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
+    if affine.relu or not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
         return aten.normalize(x, message, affine, running)
     sizes, c, y = _sizes(x), x.shape[1], torch.empty_like(x)
     saved = Saved(message.new_empty(c), message.new_empty(c), message.new_empty(()), weight)
@@ -119,15 +119,17 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    mean, invstd, _, weight = saved
+    if saved.relu:
+        return aten.gradient_sums(dy, x, saved)
+    mean, invstd, _, weight, *_ = saved
     c, dtype = x.shape[1], torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
     sums = GradientSums(mean.new_empty(2 * c), mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
-    _sums(programs.gradient_sums, x, like(dy, x), x, mean, invstd, *sums)
+    _sums(programs.gradient_sums, x, like(dy, x), x, mean, invstd, *sums[:3])
     return sums
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
-    if not _is_vector(saved.weight):
+    if saved.relu or not _is_vector(saved.weight):
         return aten.input_gradient(dy, x, saved, message)
     sizes, dx = _sizes(x), torch.empty_like(x)
     if x.numel():

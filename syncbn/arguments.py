@@ -1,0 +1,87 @@
+"""What is wrong with the arguments of a batch norm, all of it known before the collective."""
+
+import torch
+from torch import Tensor
+
+from . import collectives, kernels
+from .kernels import Affine, Running
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int | None) -> Exception | None:
+    """What is wrong with the input, the vectors and the numbers, if anything."""
+    if x.dim() < 2:
+        return ValueError(f"given input of shape {tuple(x.shape)}; expected (N, C, *), 2 dimensions or more")
+    if x.dtype not in FLOATING:
+        return TypeError(f"given input of {x.dtype}; expected float16, bfloat16, float32 or float64")
+    if affine.eps < 0:
+        return ValueError(f"given eps={affine.eps}; expected 0 or more")
+    if channels is not None and x.shape[1] != channels:
+        return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
+    if running is not None and not isinstance(running.momentum, (int, float, type(None))):
+        return TypeError(f"given momentum={running.momentum!r}; expected a number, or None for the average of all batches")
+    mean, var = (None, None) if running is None else (running.mean, running.var)
+    expected, device = x.shape[1:2], x.device
+    for name, value in (("weight", affine.weight), ("bias", affine.bias), ("running_mean", mean), ("running_var", var)):
+        if value is None:
+            continue
+        if value.shape != expected:
+            return ValueError(
+                f"given input of shape {tuple(x.shape)} and {name} of shape {tuple(value.shape)}; "
+                f"expected {name} of shape {tuple(expected)}, one value per channel"
+            )
+        if value.device != device:
+            return ValueError(f"given input on {device} and {name} on {value.device}; expected one device")
+        if value.dtype not in FLOATING:
+            return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
+    if torch.compiler.is_compiling():
+        return None
+    if running is not None and torch._C._functorch.is_batchedtensor(x) > torch._C._functorch.is_batchedtensor(running.mean):
+        return ValueError(
+            "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
+            "expected eval mode, or track_running_stats=False"
+        )
+    try:
+        kernels.check_device(x)
+    except ValueError as error:
+        return error
+    return None
+
+
+def residual_problem(x: Tensor, residual: Tensor | None) -> Exception | None:
+    """What is wrong with the residual, if anything."""
+    if residual is None:
+        return None
+    if residual.shape != x.shape:
+        return ValueError(
+            f"given input of shape {tuple(x.shape)} and a residual of shape {tuple(residual.shape)}; expected one shape"
+        )
+    if residual.dtype != x.dtype:
+        return TypeError(f"given input of {x.dtype} and a residual of {residual.dtype}; expected one dtype")
+    if residual.device != x.device:
+        return ValueError(f"given input on {x.device} and a residual on {residual.device}; expected one device")
+    return None
+
+
+def mask_problem(x: Tensor, mask: Tensor | None) -> Exception | None:
+    """What is wrong with the mask, if anything."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        return TypeError(f"given a mask of {mask.dtype}; expected torch.bool, true at the positions that count")
+    allowed = [(*x.shape[:1], *x.shape[2:]), (*x.shape[:1], 1, *x.shape[2:])]
+    if tuple(mask.shape) not in allowed:
+        return ValueError(
+            f"given input of shape {tuple(x.shape)} and a mask of shape {tuple(mask.shape)}; "
+            f"expected a mask of shape {allowed[0]} or {allowed[1]}"
+        )
+    if mask.device != x.device:
+        return ValueError(f"given input on {x.device} and a mask on {mask.device}; expected one device")
+    return None
+
+
+def where(layer: str) -> str:
+    """The end of an error message: which layer, on which rank."""
+    rank, size = collectives.rank_and_size()
+    return f"layer {layer!r}, rank {rank} of {size}"
