@@ -139,6 +139,7 @@ def test_public_names():
         "SyncBatchNorm2d",
         "SyncBatchNorm3d",
         "SyncBatchNormJoin",
+        "SyncBatchNormReLU",
         "__version__",
         "accumulate_statistics",
         "checked",
