@@ -270,10 +270,13 @@ def test_without_the_library_aten_serves_and_says_so_once(monkeypatch, caplog):
 @needs_library
 def test_no_memory_is_an_error():
     x = torch.ones(2, 3)
-    channels, count = 1 << 60, torch.ones((), dtype=torch.float64)
-    call = cpu.CALL.pack(1, channels, 1, 2, 1, *[x.data_ptr()] * 6, count.data_ptr(), 0, 0, 0, 0)
+    channels, count = 1 << 57, torch.ones((), dtype=torch.float64)
+    pointers = [x.data_ptr(), x.data_ptr(), 0, *[x.data_ptr()] * 4, count.data_ptr()]
+    call = [1, channels, 1, 2, 1, 1, *pointers, 0, 0, 0, 0]
     with pytest.raises(MemoryError):
-        cpu._check(cpu.library.syncbn_input_gradient(call))
+        cpu._check(cpu.library.syncbn_input_gradient(cpu.INPUT_GRADIENT.pack(*call)))
+    with pytest.raises(MemoryError):
+        cpu._check(cpu.library.syncbn_gradient_sums(cpu.GRADIENT_SUMS.pack(*call, 0, 0, 0, 0)))
 
 
 def test_saved_has_what_the_library_reads():

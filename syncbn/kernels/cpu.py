@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Affine, GradientSums, Running, Saved, aten
+from .. import equations
+from . import Affine, GradientSums, Running, Saved, aten, keep, move
 from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor has it
 FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 
-# The structures of cpu.c: N, C, S, dtype, threads; x, dy, out, message; mean, invstd, count; weight, bias; and, in normalize,
-# the running mean and variance, num_batches_tracked, eps, momentum, and whether the average is cumulative.
-CALL = struct.Struct("5q 4P 3P PqPq")
-NORMALIZE = struct.Struct("5q 4P 3P PqPq PqPqP 2dq")
+# What cpu.c calls a Call, and what each function reads of it.
+MOMENTS = struct.Struct("6q 4P P")
+NORMALIZE = struct.Struct("6q 4P 4P PqPq PqPq P2dq")
+GRADIENT_SUMS = struct.Struct("6q 4P 4P PqPq PqPq")
+INPUT_GRADIENT = struct.Struct("6q 4P 4P PqPq")
 
 
 def load() -> Any:
@@ -82,6 +84,12 @@ def _is_vector(value: Tensor | None) -> bool:
     return value is None or (value.dtype in DTYPES and is_plain(value) and value.is_contiguous())
 
 
+def _is_read(running: Running) -> bool:
+    """Whether the library can move the running statistics."""
+    tracked = running.num_batches_tracked
+    return _is_vector(running.mean) and _is_vector(running.var) and (tracked is None or tracked.dtype == torch.int64)
+
+
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for the sums of a batch norm layer")
@@ -89,26 +97,28 @@ def _check(failed: int) -> None:
 
 def moments(x: Tensor) -> Tensor:
     message = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device="cpu")
-    call = CALL.pack(*_shape(x), x.data_ptr(), 0, 0, message.data_ptr(), 0, 0, 0, 0, 0, 0, 0)
-    _check(library.syncbn_moments(call))
+    _check(library.syncbn_moments(MOMENTS.pack(*_shape(x), 0, x.data_ptr(), 0, 0, 0, message.data_ptr())))
     return message
 
 
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
-    weight, bias, eps, _, _ = affine
+    weight, bias, eps, relu, residual = affine
+    if not (_is_vector(weight) and _is_vector(bias)):
+        return aten.normalize(x, message, affine, running)
+    if running is not None and not _is_read(running):
+        move(running, equations.statistics(message))
+        running = None
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    if affine.relu or not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
-        return aten.normalize(x, message, affine, running)
-    if tracked is not None and tracked.dtype != torch.int64:
-        return aten.normalize(x, message, affine, running)
     assert momentum is not None or tracked is not None, "momentum=None counts batches"
     c = x.shape[1]
-    y = torch.empty_like(x)
-    saved = Saved(message.new_empty(c), message.new_empty(c), message.new_empty(()), weight)
+    y, added = torch.empty_like(x), None if residual is None else like(residual, x)
+    saved = keep(affine, message.new_empty(c), message.new_empty(c), message.new_empty(()), y)
     call = NORMALIZE.pack(
         *_shape(x),
+        relu,
         x.data_ptr(),
         0,
+        0 if added is None else added.data_ptr(),
         y.data_ptr(),
         message.data_ptr(),
         saved.mean.data_ptr(),
@@ -130,21 +140,26 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    if saved.relu:
+    mean, invstd, _, weight, bias, y, relu = saved
+    if not (_is_vector(weight) and _is_vector(bias)):
         return aten.gradient_sums(dy, x, saved)
-    mean, invstd, _, weight, *_ = saved
     c, dy, message = x.shape[1], like(dy, x), mean.new_empty(2 * x.shape[1])
     dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64
-    sums = GradientSums(message, mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
-    call = CALL.pack(
+    y, passed = (None, None) if y is None else (like(y, x), torch.empty_like(x))
+    sums = GradientSums(message, mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype), passed)
+    call = GRADIENT_SUMS.pack(
         *_shape(x),
+        relu,
         x.data_ptr(),
         dy.data_ptr(),
-        0,
+        0 if y is None else y.data_ptr(),
+        0 if passed is None else passed.data_ptr(),
         message.data_ptr(),
         mean.data_ptr(),
         invstd.data_ptr(),
         0,
+        *_vector(weight),
+        *_vector(bias),
         *_vector(sums.weight),
         *_vector(sums.bias),
     )
@@ -153,22 +168,23 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
-    mean, invstd, count, weight, *_ = saved
-    if saved.relu or not _is_vector(weight):
+    mean, invstd, count, weight, bias, y, relu = saved
+    if not (_is_vector(weight) and _is_vector(bias)):
         return aten.input_gradient(dy, x, saved, message)
     dx, dy = torch.empty_like(x), like(dy, x)
-    call = CALL.pack(
+    call = INPUT_GRADIENT.pack(
         *_shape(x),
+        relu and y is None,
         x.data_ptr(),
         dy.data_ptr(),
+        0,
         dx.data_ptr(),
         message.data_ptr(),
         mean.data_ptr(),
         invstd.data_ptr(),
         count.data_ptr(),
         *_vector(weight),
-        0,
-        0,
+        *_vector(bias),
     )
     _check(library.syncbn_input_gradient(call))
     return dx
