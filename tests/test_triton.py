@@ -88,7 +88,7 @@ def test_every_pair_of_values_of_two_axes_equals_the_whole_batch(number, monkeyp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_precision_where_the_mean_is_far_from_zero(layout, ratio, monkeypatch):
-    kernels = small(monkeypatch, tile=128)  # several to a plane
+    kernels = small(monkeypatch, tile=128, programs=64)  # several to a plane, and up to 25 splits of a sum
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(4, 2, 20, 20, generator=generator).double() + ratio).float()
     dy = torch.randn(x.shape, generator=generator) + 0.3
@@ -167,7 +167,39 @@ def test_no_tensor_goes_by_them_before_they_are_measured():
     assert math.inf == TRITON_FROM_BYTES
 
 
-SIZES = {"positions": "i32", "c": "i32", "s": "i32", "tiles": "i32"}
+def what_triton_looks_at(parameter, value):
+    """What a program is compiled for: a type, a constant, or of a number whether it is 1 and whether 16 divides it."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if parameter.is_constexpr or value is None:
+        return getattr(value, "value", value)
+    looks = isinstance(value, int) and not parameter.do_not_specialize
+    return type(value), looks and (value == 1, value % 16 == 0)
+
+
+@not_interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("space", [(), (7, 7), (8, 8), (40, 40)], ids=str)
+def test_no_size_of_a_batch_compiles_programs_of_its_own(space, layout, monkeypatch):
+    kernels, programs = in_triton(), {}
+
+    def launch(kernel, x, count, *arguments, **sizes):
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | sizes
+        key = tuple(what_triton_looks_at(parameter, given[parameter.name]) for parameter in kernel.params)
+        programs.setdefault(kernel.__name__, set()).add(key)
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    for n in (1, 2, 3, 5, 16, 17, 32, 47, 100):
+        x = batches.lay_out(torch.empty(n, 32, *space), layout)
+        message = kernels.moments(x)
+        _, saved = kernels.normalize(x, message, Affine(None, None, 1e-5), None)
+        kernels.gradient_sums(x, x, saved)
+        kernels.input_gradient(x, x, saved, message[:-1])
+    assert len(programs) == 4
+    assert all(len(keys) <= 2 for keys in programs.values()), {name: len(keys) for name, keys in programs.items()}
+
+
+SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}
 STATISTICS = {"message": "*fp64", "saved_mean": "*fp64", "saved_invstd": "*fp64", "saved_count": "*fp64"}
 MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32"}
 FLOATS = dict.fromkeys(("eps", "eps_rest", "momentum", "momentum_rest"), "fp32")
@@ -188,16 +220,15 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide):
 
     tiles = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
     constants = {"KIND": getattr(programs, kind), "IS_WIDE": wide, "BLOCKS": 3, **tiles}
-    sizes = SIZES | ({"positions": "i64"} if wide else {})
     backward = {"dy": element, "x": element}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}
     no_vectors = dict.fromkeys((*VECTORS, "tracked"))
     sources = [
-        *((programs.moments, {"x": element, **MERGE}, {"SPLITS": splits}) for splits in (1, 8)),
+        (programs.moments, {"x": element, **MERGE}, {}),
         (
             programs.gradient_sums,
             {**backward, "mean": "*fp64", "invstd": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE},
-            {"SPLITS": 8},
+            {},
         ),
         (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS, **all_vectors}, {"IS_CUMULATIVE": False}),
         (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS, **all_vectors}, {"IS_CUMULATIVE": True}),
@@ -206,7 +237,7 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide):
     ]
     for program, pointers, more in sources:
         known = constants | more
-        signature = {name: ({**sizes, **pointers}.get(name) or "constexpr") for name in program.arg_names}
+        signature = {name: ({**SIZES, **pointers}.get(name) or "constexpr") for name in program.arg_names}
         assert set(known) == {name for name, kind in signature.items() if kind == "constexpr"}
         made = triton.compile(ASTSource(program, signature, known), GPUTarget("cuda", 90, 32), in_triton().OPTIONS)
         assert made.asm["cubin"]

@@ -1,15 +1,28 @@
 """The programs of kernels/triton.py: what runs on the device.
 
 Legend: a tile is BLOCK_P positions of BLOCK_C channels of a tensor (N, C, S) in memory. A position is a row where channels are
-contiguous (S = 1), and else a value of a plane; `positions` is N·S. SPLITS programs share a sum, BLOCKS blocks of channels are
-beside each other. (C,) coefficients are float64, and float32 where they meet values.
+contiguous (S = 1), and else a value of a plane; `positions` is N·S. `splits` programs share a sum, BLOCKS blocks of channels
+are beside each other. (C,) coefficients are float64, and float32 where they meet values.
+
+Nothing is compiled for one size of the batch: that of a last, smaller batch would be compiled for while other ranks wait. C and
+S are looked at: loads can be wide where 16 divides them.
 """
 
 import triton
 import triton.language as tl
 
 SAMPLES = tl.constexpr(32)  # of the pivot
+MERGED = tl.constexpr(16)  # splits of a sum that are read at a time: one by one, each would wait for memory
 ROWS, PLANES, SHORT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how tiles lie: see tile
+BY_BATCH = ["n", "tiles", "splits"]  # numbers of which no program is compiled for a value
+
+
+@triton.jit
+def count_positions(n, s, IS_WIDE: tl.constexpr):
+    """N·S, which the compiler knows 16 to divide where it divides S."""
+    if IS_WIDE:
+        n = n.to(tl.int64)
+    return n * s
 
 
 @triton.jit
@@ -65,55 +78,60 @@ def pivot_of(x, channel, positions, c, s, IS_WIDE: tl.constexpr):
 
 
 @triton.jit
-def merge(first, second, partials, arrived, channel, c, SPLITS: tl.constexpr, BLOCKS: tl.constexpr):
+def merge(first, second, partials, arrived, channel, c, splits, BLOCKS: tl.constexpr):
     """The sums (BLOCK_C,) float64 of all splits, and whether this program is the one that has them: the last to come."""
     last = tl.program_id(0) >= 0
-    if SPLITS > 1:
+    if splits > 1:
         block, part, valid = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS, channel < c
         mine = partials + part * 2 * c + channel
         tl.store(mine, first, mask=valid)
         tl.store(mine + c, second, mask=valid)
         tl.debug_barrier()
-        last = tl.atomic_add(arrived + block, 1) == SPLITS - 1
+        last = tl.atomic_add(arrived + block, 1) == splits - 1
         if last:
-            first, second = tl.zeros_like(first), tl.zeros_like(second)
-            for k in range(SPLITS):  # past the nearest cache, which may hold a line from before
-                its = partials + k * 2 * c + channel
-                first += tl.load(its, mask=valid, other=0.0, cache_modifier=".cg")
-                second += tl.load(its + c, mask=valid, other=0.0, cache_modifier=".cg")
+            firsts = tl.zeros([MERGED, channel.shape[0]], tl.float64)
+            seconds = tl.zeros([MERGED, channel.shape[0]], tl.float64)
+            for k in range(0, splits, MERGED):  # past the nearest cache, which may hold a line from before
+                its = k + tl.arange(0, MERGED)
+                theirs = partials + (its * 2 * c)[:, None] + channel[None, :]
+                there = (its < splits)[:, None] & valid[None, :]
+                firsts += tl.load(theirs, mask=there, other=0.0, cache_modifier=".cg")
+                seconds += tl.load(theirs + c, mask=there, other=0.0, cache_modifier=".cg")
+            first, second = tl.sum(firsts, 0), tl.sum(seconds, 0)
             tl.store(arrived + block, 0)
     return first, second, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_BATCH)
 def moments(
     x,  # (N, C, S) in memory
     message,  # (2C+1,) float64
-    partials,  # (SPLITS, 2, C) float64
+    partials,  # (splits, 2, C) float64
     arrived,  # (BLOCKS,) int32, 0 before and after
-    positions,
+    n,
     c,
     s,
     tiles,
+    splits,
     KIND: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    positions = count_positions(n, s, IS_WIDE)
     pivot = pivot_of(x, channel, positions, c, s, IS_WIDE)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in range(tl.program_id(0) // BLOCKS, tiles, SPLITS):
+    for t in range(tl.program_id(0) // BLOCKS, tiles, splits):
         offset, valid = tile(t, channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
         centered = tl.where(valid, value - pivot[None, :], 0.0)
         first += centered
         second += centered * centered
     s1, s2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
-    s1, s2, last = merge(s1, s2, partials, arrived, channel, c, SPLITS, BLOCKS)
+    s1, s2, last = merge(s1, s2, partials, arrived, channel, c, splits, BLOCKS)
     if last:
         count, shift = tl.zeros([1], tl.float64) + positions, pivot.to(tl.float64)
         tl.store(message + channel, s1 + count * shift, mask=channel < c)
@@ -122,7 +140,7 @@ def moments(
             tl.store(message + 2 * c + tl.arange(0, 1), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_BATCH)
 def gradient_sums(
     dy,  # (N, C, S) in memory
     x,  # (N, C, S)
@@ -131,31 +149,32 @@ def gradient_sums(
     message,  # (2C,) float64
     dweight,  # (C,)
     dbias,  # (C,)
-    partials,  # (SPLITS, 2, C) float64
+    partials,  # (splits, 2, C) float64
     arrived,  # (BLOCKS,) int32, 0 before and after
-    positions,
+    n,
     c,
     s,
     tiles,
+    splits,
     KIND: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    positions = count_positions(n, s, IS_WIDE)
     hi, lo = split(tl.load(mean + channel, mask=channel < c, other=0.0))
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in range(tl.program_id(0) // BLOCKS, tiles, SPLITS):
+    for t in range(tl.program_id(0) // BLOCKS, tiles, splits):
         offset, valid = tile(t, channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
         gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
         first += gradient
         second += tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
     g1, g2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
-    g1, g2, last = merge(g1, g2, partials, arrived, channel, c, SPLITS, BLOCKS)
+    g1, g2, last = merge(g1, g2, partials, arrived, channel, c, splits, BLOCKS)
     if last:
         valid_channel = channel < c
         tl.store(message + channel, g1, mask=valid_channel)
@@ -184,7 +203,7 @@ def move(running, channel, value, factor, moves):
     tl.store(running + channel, new, mask=moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_BATCH)
 def normalize(
     x,  # (N, C, S) in memory
     y,  # (N, C, S)
@@ -201,7 +220,7 @@ def normalize(
     eps_rest,
     momentum,
     momentum_rest,
-    positions,
+    n,
     c,
     s,
     tiles,
@@ -238,12 +257,12 @@ def normalize(
                 tl.store(tracked + one, tl.load(tracked + one) + (count > 0).to(tl.int64))
             move(running_mean, channel, mean, factor, real & (count > 0))
             move(running_var, channel, var * (count / tl.maximum(count - 1, 1.0)), factor, real & (count > 1))
-    offset, valid = tile(tl.maximum(t, 0), channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
+    offset, valid = tile(tl.maximum(t, 0), channel, count_positions(n, s, IS_WIDE), c, s, KIND, IS_WIDE, BLOCK_P)
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
     tl.store(y + offset, (value - hi[None, :]) * scale.to(tl.float32)[None, :] + shift[None, :], mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BY_BATCH)
 def input_gradient(
     dy,  # (N, C, S) in memory
     x,  # (N, C, S)
@@ -253,7 +272,7 @@ def input_gradient(
     saved_invstd,  # (C,) float64
     saved_count,  # () float64
     weight,  # (C,) or None
-    positions,
+    n,
     c,
     s,
     tiles,
@@ -274,7 +293,7 @@ def input_gradient(
     scale = invstd * parameter(weight, channel, c, 1.0)
     slope = -scale * invstd * invstd * sum_dy_xmu / values
     shift = (-scale * sum_dy / values - slope * lo).to(tl.float32)
-    offset, valid = tile(t, channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
+    offset, valid = tile(t, channel, count_positions(n, s, IS_WIDE), c, s, KIND, IS_WIDE, BLOCK_P)
     gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
     centered = (value - hi[None, :]) * slope.to(tl.float32)[None, :] + shift[None, :]

@@ -2,7 +2,7 @@
 
 Requirements
     - one launch in each of the four functions, so that with the all_reduces a layer takes three forward and three backward;
-    - the same bits every time: partial sums are merged in their order by the program that happens to come last;
+    - the same bits every time: partial sums are merged in a fixed order by the program that happens to come last;
     - nothing waits for the device; offsets are 64 bits wide where 32 do not reach;
     - values are summed in float32 about a pivot, or the mean, by lanes of some hundred values, and in float64 from there on;
     - the choice of tiles is static: ranks that tune would do so at different speeds, and others wait for them.
@@ -41,10 +41,10 @@ def _sizes(x: Tensor) -> dict[str, Any]:
         block_c = min(triton.next_power_of_2(c), 64 if x.dtype == torch.float32 else 128)
         kind, block_p = programs.ROWS, TILE // block_c
     else:
-        block_c, block_p = 1, min(TILE, triton.next_power_of_2(max(n * s, 16)))
+        block_c, block_p = 1, TILE if n * s > TILE // 8 else TILE // 8
         kind = programs.PLANES if s >= TILE // 2 else programs.SHORT
     tiles = n * -(-s // block_p) if kind is programs.PLANES else -(-n * s // block_p)
-    shape = {"positions": n * s, "c": c, "s": s, "tiles": tiles, "KIND": kind, "IS_WIDE": x.numel() >= WIDE}
+    shape = {"n": n, "c": c, "s": s, "tiles": tiles, "KIND": kind, "IS_WIDE": x.numel() >= WIDE}
     return shape | {"BLOCKS": -(-c // block_c), "BLOCK_P": block_p, "BLOCK_C": block_c}
 
 
@@ -66,8 +66,8 @@ def _sums(kernel: Any, x: Tensor, *arguments: Tensor) -> None:
     sizes = _sizes(x)
     splits = max(1, min(sizes["tiles"], PROGRAMS // sizes["BLOCKS"]))
     partials = torch.empty(splits if splits > 1 else 0, 2, sizes["c"], dtype=torch.float64, device=x.device)
-    arrived = _arrived(x, sizes["BLOCKS"]) if splits > 1 else partials
-    _launch(kernel, x, sizes["BLOCKS"] * splits, *arguments, partials, arrived, SPLITS=splits, **sizes)
+    arrived = _arrived(x, sizes["BLOCKS"] if splits > 1 else 0)
+    _launch(kernel, x, sizes["BLOCKS"] * splits, *arguments, partials, arrived, splits=splits, **sizes)
 
 
 def _launch(kernel: Any, x: Tensor, count: int, *arguments: Any, **sizes: Any) -> None:
