@@ -34,7 +34,8 @@ AXES = {
     "affine": ["both", "weight", "bias", "none"],
     "param_dtype": [None, torch.float64, torch.bfloat16],
     "eps": [1e-5, 0.3],
-    "tile": [2048, 16],  # values: all of a share in one tile, or many tiles
+    "fused": batches.FUSED,
+    "tile": [16, 2048],  # values: many tiles, or all of a share in one
     "programs": [1024, 8],  # 8: a program sums several tiles
     "wide": [2**31, 0],  # 0: offsets of 64 bits
 }
@@ -88,7 +89,7 @@ def test_every_pair_of_values_of_two_axes_equals_the_whole_batch(number, monkeyp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_precision_where_the_mean_is_far_from_zero(layout, ratio, monkeypatch):
-    kernels = small(monkeypatch, tile=128, programs=64)  # several to a plane, and up to 25 splits of a sum
+    kernels = small(monkeypatch, tile=128, programs=50)  # several to a plane, and up to 25 splits of a sum
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(4, 2, 20, 20, generator=generator).double() + ratio).float()
     dy = torch.randn(x.shape, generator=generator) + 0.3
@@ -149,18 +150,77 @@ def test_a_value_that_is_not_finite_stays_in_its_channel(value, monkeypatch):
 
 
 @interpreted
-def test_what_the_kernels_do_not_read_goes_elsewhere():
+@pytest.mark.parametrize("fused", ["relu", "add relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_relu_of_backward_is_that_of_forward_to_the_bit(dtype, layout, fused, monkeypatch, poisoned):
+    """dβ of dy = 1 counts the values that passed, of which in each channel many are 0 but for the last bits of two terms."""
+    kernels = small(monkeypatch, tile=64)
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-3, 4, (4, 16, 5, 3), generator=generator)
+    x = batches.lay_out((1 + steps.double() * torch.finfo(dtype).eps).to(dtype), layout)
+    message, weight = kernels.moments(x), torch.full((16,), 0.1)
+    mean, var = x.double().mean([0, 2, 3]), x.double().var([0, 2, 3], correction=0)
+    bias = (mean - x[0, :, 0, 0]) * (var + 1e-5).rsqrt() * weight.double()
+    residual = torch.zeros_like(x) if fused == "add relu" else None
+    ones = torch.ones_like(x)
+    y, saved = kernels.normalize(x, message, Affine(weight, bias, 1e-5, True, residual), None)
+    sums = kernels.gradient_sums(ones, x, saved)
+    passed = (y > 0).double().sum([0, 2, 3])
+    assert 0 < passed.sum() < x.numel()
+    assert torch.equal(sums.message[:16], passed)
+    dx = kernels.input_gradient(ones if sums.dy is None else sums.dy, x, saved, torch.zeros(32).double())
+    assert torch.equal(dx != 0, y > 0)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_what_is_no_number_passes_a_relu_as_in_torch(dtype, layout, added, monkeypatch):
+    kernels = small(monkeypatch, tile=64)
+    x = batches.lay_out(torch.randn(4, 3, 10).to(dtype), layout)
+    x[2, 1, 7] = math.nan
+    residual, ones = torch.zeros_like(x) if added else None, torch.ones_like(x)
+    y, saved = kernels.normalize(x, kernels.moments(x), Affine(None, None, 1e-5, True, residual), None)
+    assert y[:, 1].isnan().all()
+    assert y[:, ::2].isfinite().all()
+    sums = kernels.gradient_sums(ones, x, saved)
+    assert sums.message[1].item() == 40
+    assert (sums.dy is not None) == added
+    assert sums.dy is None or torch.equal(sums.dy, torch.where(y <= 0, 0, ones))
+
+
+@interpreted
+def test_what_the_kernels_do_not_take():
     kernels = in_triton()
     x = torch.randn(4, 3, 5)
     assert kernels.takes(x)
     for other in (x.double(), x[..., ::2], x.transpose(0, 1), x[:, :0], torch._neg_view(x)):
         assert not kernels.takes(other)
+
+
+@interpreted
+@pytest.mark.parametrize("fused", batches.FUSED)
+def test_what_lies_otherwise_than_the_kernels_read_it(fused):
+    x = torch.randn(4, 3, 5)
+    dy, residual = torch.randn(2, 4, 5, 3).transpose(2, 3)
     vector = torch.arange(1.0, 7.0)[::2]
-    message = kernels.moments(x)
-    y, saved = kernels.normalize(x, message, Affine(vector, None, 1e-5), None)
-    torch.testing.assert_close(y, aten.normalize(x, message, Affine(vector, None, 1e-5), None)[0])
-    dx = kernels.input_gradient(x, x, saved, message[:-1])
-    torch.testing.assert_close(dx, aten.input_gradient(x, x, saved, message[:-1]))
+    affine = Affine(vector, vector - 3, 1e-5, fused != "none", residual if fused == "add relu" else None)
+    message = aten.moments(x)
+    results = []
+    for kernels in (in_triton(), aten):
+        buffers = torch.ones(3, 2)
+        running = Running(buffers[:, 0], buffers[:, 1], torch.tensor(4), None)
+        y, saved = kernels.normalize(x, message, affine, running)
+        if saved.y is not None:
+            saved = saved._replace(y=batches.lay_out(saved.y, "channels_last"))
+        sums = kernels.gradient_sums(dy, x, saved)
+        dx = kernels.input_gradient(dy if sums.dy is None else sums.dy, x, saved, sums.message)
+        grads = (part.float() for part in sums[:3])
+        results.append((y, dx, *grads, buffers, running.num_batches_tracked))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_no_tensor_goes_by_them_before_they_are_measured():
@@ -192,7 +252,7 @@ def test_no_size_of_a_batch_compiles_programs_of_its_own(space, layout, monkeypa
     for n in (1, 2, 3, 5, 16, 17, 32, 47, 100):
         x = batches.lay_out(torch.empty(n, 32, *space), layout)
         message = kernels.moments(x)
-        _, saved = kernels.normalize(x, message, Affine(None, None, 1e-5), None)
+        _, saved = kernels.normalize(x, message, Affine(None, None, 1e-5, True, x), None)
         kernels.gradient_sums(x, x, saved)
         kernels.input_gradient(x, x, saved, message[:-1])
     assert len(programs) == 4
@@ -204,14 +264,16 @@ STATISTICS = {"message": "*fp64", "saved_mean": "*fp64", "saved_invstd": "*fp64"
 MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32"}
 FLOATS = dict.fromkeys(("eps", "eps_rest", "momentum", "momentum_rest"), "fp32")
 VECTORS = ("weight", "bias", "running_mean", "running_var")
+OPTIONAL = (*VECTORS, "tracked", "residual", "y", "passed_dy")
 
 
 @not_interpreted
+@pytest.mark.parametrize("fused", batches.FUSED)
 @pytest.mark.parametrize(
     ("kind", "element", "wide"),
     [("ROWS", "*fp16", False), ("PLANES", "*fp32", False), ("SHORT", "*bf16", False), ("SHORT", "*fp32", True)],
 )
-def test_every_program_compiles_for_a_gpu(kind, element, wide):
+def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -219,25 +281,28 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide):
     from syncbn.kernels import programs
 
     tiles = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
-    constants = {"KIND": getattr(programs, kind), "IS_WIDE": wide, "BLOCKS": 3, **tiles}
-    backward = {"dy": element, "x": element}
+    constants = {"KIND": getattr(programs, kind), "IS_WIDE": wide, "BLOCKS": 3, "IS_CUMULATIVE": False, **tiles}
+    forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
+    sums = {**backward, "mean": "*fp64", "invstd": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}
-    no_vectors = dict.fromkeys((*VECTORS, "tracked"))
+    by_x = {"weight": "*bf16", "bias": "*fp32"} if fused == "relu" else {}
+    added = {"residual": element} if fused == "add relu" else {}
+    by_y = {"y": element, "passed_dy": element} if fused == "add relu" else {}
     sources = [
         (programs.moments, {"x": element, **MERGE}, {}),
+        (programs.normalize, forward | all_vectors | added, {"RELU": fused != "none"}),
+        (programs.normalize, forward | all_vectors | added, {"RELU": fused != "none", "IS_CUMULATIVE": True}),
+        (programs.normalize, forward | added, {"RELU": fused != "none"}),
+        (programs.gradient_sums, sums | by_x | by_y, {"RELU": fused == "relu"}),
         (
-            programs.gradient_sums,
-            {**backward, "mean": "*fp64", "invstd": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE},
-            {},
+            programs.input_gradient,
+            {**backward, "dx": element, **STATISTICS, "weight": "*bf16"} | by_x,
+            {"RELU": fused == "relu"},
         ),
-        (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS, **all_vectors}, {"IS_CUMULATIVE": False}),
-        (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS, **all_vectors}, {"IS_CUMULATIVE": True}),
-        (programs.normalize, {"x": element, "y": element, **STATISTICS, **FLOATS}, {"IS_CUMULATIVE": False, **no_vectors}),
-        (programs.input_gradient, {**backward, "dx": element, **STATISTICS, "weight": "*bf16"}, {}),
     ]
     for program, pointers, more in sources:
-        known = constants | more
-        signature = {name: ({**SIZES, **pointers}.get(name) or "constexpr") for name in program.arg_names}
-        assert set(known) == {name for name, kind in signature.items() if kind == "constexpr"}
+        signature = {name: {**SIZES, **pointers}.get(name, "constexpr") for name in program.arg_names}
+        absent = dict.fromkeys(set(OPTIONAL) - set(pointers))
+        known = {name: (absent | constants | more)[name] for name, kind in signature.items() if kind == "constexpr"}
         made = triton.compile(ASTSource(program, signature, known), GPUTarget("cuda", 90, 32), in_triton().OPTIONS)
         assert made.asm["cubin"]

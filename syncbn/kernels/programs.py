@@ -57,13 +57,6 @@ def tile(
 
 
 @triton.jit
-def split(mean):
-    """A float64 mean as a pair of float32."""
-    hi = mean.to(tl.float32)
-    return hi, (mean - hi.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
 def pivot_of(x, channel, positions, c, s, IS_WIDE: tl.constexpr):
     """(BLOCK_C,) mean of some values spread over the share; 0 where it is not finite."""
     j = tl.arange(0, SAMPLES)
@@ -100,6 +93,41 @@ def merge(first, second, partials, arrived, channel, c, splits, BLOCKS: tl.const
             first, second = tl.sum(firsts, 0), tl.sum(seconds, 0)
             tl.store(arrived + block, 0)
     return first, second, last
+
+
+@triton.jit
+def parameter(vector, channel, c, otherwise):
+    """(BLOCK_C,) float64 of a vector (C,), or `otherwise` where there is none."""
+    if vector is None:
+        values = tl.zeros_like(channel).to(tl.float64) + otherwise
+    else:
+        values = tl.load(vector + channel, mask=channel < c, other=0.0).to(tl.float64)
+    return values
+
+
+# Where a ReLU goes by x, it has to pass in backward what it passed in forward, to the bit, in programs that are compiled apart.
+# So all take the next two functions, in which every fused multiply-add is named: what to round is not the compiler's choice.
+
+
+@triton.jit
+def coefficients(mean, invstd, weight, bias, channel, c):
+    """The mean (BLOCK_C,) float64 as a pair of float32, and float64 scale and shift: γ·x̂ + β = (x − hi)·scale + shift."""
+    hi = mean.to(tl.float32)
+    lo = mean - hi.to(tl.float64)
+    scale = invstd * parameter(weight, channel, c, 1.0)
+    return hi, lo.to(tl.float32), scale, tl.fma(-scale, lo, parameter(bias, channel, c, 0.0))
+
+
+@triton.jit
+def apply(value, hi, scale, shift):
+    """(value − hi)·scale + shift of a tile (BLOCK_P, BLOCK_C) of float32."""
+    return tl.fma(value - hi[None, :], scale.to(tl.float32)[None, :], shift.to(tl.float32)[None, :])
+
+
+@triton.jit
+def passed(value, y):
+    """The value where a ReLU passed y. It passes what is no number, as torch's does; tl.maximum would not."""
+    return tl.where(y.to(tl.float32) <= 0, 0.0, value)
 
 
 @triton.jit(do_not_specialize=BY_BATCH)
@@ -144,8 +172,12 @@ def moments(
 def gradient_sums(
     dy,  # (N, C, S) in memory
     x,  # (N, C, S)
+    y,  # (N, C, S) where a ReLU goes by it, or None
+    passed_dy,  # (N, C, S) what the ReLU leaves of dy there, or None
     mean,  # (C,) float64
     invstd,  # (C,) float64
+    weight,  # (C,) or None
+    bias,  # (C,) or None
     message,  # (2C,) float64
     dweight,  # (C,)
     dbias,  # (C,)
@@ -156,6 +188,7 @@ def gradient_sums(
     s,
     tiles,
     splits,
+    RELU: tl.constexpr,  # goes by x
     KIND: tl.constexpr,
     IS_WIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -164,13 +197,20 @@ def gradient_sums(
 ):
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     positions = count_positions(n, s, IS_WIDE)
-    hi, lo = split(tl.load(mean + channel, mask=channel < c, other=0.0))
+    inv = tl.load(invstd + channel, mask=channel < c, other=0.0)
+    mu = tl.load(mean + channel, mask=channel < c, other=0.0)
+    hi, lo, scale, shift = coefficients(mu, inv, weight, bias, channel, c)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for t in range(tl.program_id(0) // BLOCKS, tiles, splits):
         offset, valid = tile(t, channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
         gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+        if y is not None:
+            gradient = passed(gradient, tl.load(y + offset, mask=valid, other=0.0))
+            tl.store(passed_dy + offset, gradient, mask=valid)
+        if RELU:
+            gradient = passed(gradient, apply(value, hi, scale, shift).to(x.dtype.element_ty))
         first += gradient
         second += tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
     g1, g2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
@@ -179,18 +219,8 @@ def gradient_sums(
         valid_channel = channel < c
         tl.store(message + channel, g1, mask=valid_channel)
         tl.store(message + c + channel, g2, mask=valid_channel)
-        tl.store(dweight + channel, g2 * tl.load(invstd + channel, mask=valid_channel, other=0.0), mask=valid_channel)
+        tl.store(dweight + channel, g2 * inv, mask=valid_channel)
         tl.store(dbias + channel, g1, mask=valid_channel)
-
-
-@triton.jit
-def parameter(vector, channel, c, otherwise):
-    """(BLOCK_C,) float64 of a vector (C,), or `otherwise` where there is none."""
-    if vector is None:
-        values = tl.zeros_like(channel).to(tl.float64) + otherwise
-    else:
-        values = tl.load(vector + channel, mask=channel < c, other=0.0).to(tl.float64)
-    return values
 
 
 @triton.jit
@@ -207,6 +237,7 @@ def move(running, channel, value, factor, moves):
 def normalize(
     x,  # (N, C, S) in memory
     y,  # (N, C, S)
+    residual,  # (N, C, S) or None
     message,  # (2C+1,) float64, of the whole batch
     saved_mean,  # (C,) float64
     saved_invstd,  # (C,) float64
@@ -224,6 +255,7 @@ def normalize(
     c,
     s,
     tiles,
+    RELU: tl.constexpr,
     IS_CUMULATIVE: tl.constexpr,  # the momentum is 1 / tracked, which has been counted up before
     KIND: tl.constexpr,
     IS_WIDE: tl.constexpr,
@@ -241,9 +273,7 @@ def normalize(
     square = tl.load(message + c + channel, mask=real, other=0.0) / values - mean * mean
     var = tl.where(square < 0, 0.0, square)
     invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
-    hi, lo = split(mean)
-    scale = invstd * parameter(weight, channel, c, 1.0)
-    shift = (parameter(bias, channel, c, 0.0) - scale * lo).to(tl.float32)
+    hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     if t <= 0:
         tl.store(saved_mean + channel, mean, mask=real)
         tl.store(saved_invstd + channel, invstd, mask=real)
@@ -259,7 +289,12 @@ def normalize(
             move(running_var, channel, var * (count / tl.maximum(count - 1, 1.0)), factor, real & (count > 1))
     offset, valid = tile(tl.maximum(t, 0), channel, count_positions(n, s, IS_WIDE), c, s, KIND, IS_WIDE, BLOCK_P)
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y + offset, (value - hi[None, :]) * scale.to(tl.float32)[None, :] + shift[None, :], mask=valid)
+    value = apply(value, hi, scale, shift)
+    if residual is not None:
+        value += tl.load(residual + offset, mask=valid, other=0.0).to(tl.float32)
+    if RELU:
+        value = passed(value, value)
+    tl.store(y + offset, value, mask=valid)
 
 
 @triton.jit(do_not_specialize=BY_BATCH)
@@ -272,10 +307,12 @@ def input_gradient(
     saved_invstd,  # (C,) float64
     saved_count,  # () float64
     weight,  # (C,) or None
+    bias,  # (C,) or None
     n,
     c,
     s,
     tiles,
+    RELU: tl.constexpr,  # goes by x
     KIND: tl.constexpr,
     IS_WIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -289,12 +326,13 @@ def input_gradient(
     sum_dy = tl.load(message + channel, mask=real, other=0.0)
     sum_dy_xmu = tl.load(message + c + channel, mask=real, other=0.0)
     invstd = tl.load(saved_invstd + channel, mask=real, other=0.0)
-    hi, lo = split(tl.load(saved_mean + channel, mask=real, other=0.0))
-    scale = invstd * parameter(weight, channel, c, 1.0)
+    mean = tl.load(saved_mean + channel, mask=real, other=0.0)
+    hi, lo, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     slope = -scale * invstd * invstd * sum_dy_xmu / values
-    shift = (-scale * sum_dy / values - slope * lo).to(tl.float32)
+    addend = -scale * sum_dy / values - slope * lo
     offset, valid = tile(t, channel, count_positions(n, s, IS_WIDE), c, s, KIND, IS_WIDE, BLOCK_P)
     gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
     value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-    centered = (value - hi[None, :]) * slope.to(tl.float32)[None, :] + shift[None, :]
-    tl.store(dx + offset, centered + gradient * scale.to(tl.float32)[None, :], mask=valid)
+    if RELU:
+        gradient = passed(gradient, apply(value, hi, scale, shift).to(x.dtype.element_ty))
+    tl.store(dx + offset, apply(value, hi, slope, addend) + gradient * scale.to(tl.float32)[None, :], mask=valid)

@@ -16,7 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import Affine, GradientSums, Running, Saved, aten, programs
+from ..equations import statistics
+from . import Affine, GradientSums, Running, Saved, keep, move, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,13 +62,13 @@ def _arrived(x: Tensor, blocks: int) -> Tensor:
     return _counters[key]
 
 
-def _sums(kernel: Any, x: Tensor, *arguments: Tensor) -> None:
+def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, **constants: Any) -> None:
     """Launch a kernel of sums with what the splits of a sum need."""
     sizes = _sizes(x)
     splits = max(1, min(sizes["tiles"], PROGRAMS // sizes["BLOCKS"]))
     partials = torch.empty(splits if splits > 1 else 0, 2, sizes["c"], dtype=torch.float64, device=x.device)
     arrived = _arrived(x, sizes["BLOCKS"] if splits > 1 else 0)
-    _launch(kernel, x, sizes["BLOCKS"] * splits, *arguments, partials, arrived, splits=splits, **sizes)
+    _launch(kernel, x, sizes["BLOCKS"] * splits, *arguments, partials, arrived, splits=splits, **constants, **sizes)
 
 
 def _launch(kernel: Any, x: Tensor, count: int, *arguments: Any, **sizes: Any) -> None:
@@ -76,9 +77,16 @@ def _launch(kernel: Any, x: Tensor, count: int, *arguments: Any, **sizes: Any) -
         kernel[(count,)](*arguments, **sizes, **OPTIONS)
 
 
-def _is_vector(value: Tensor | None) -> bool:
-    """Whether the kernels can read a (C,) tensor, or there is none."""
-    return value is None or (is_plain(value) and value.is_contiguous())
+def _is_vector(value: Tensor) -> bool:
+    """Whether the kernels can read a (C,) tensor."""
+    return is_plain(value) and value.is_contiguous()
+
+
+def _vector(value: Tensor | None) -> Tensor | None:
+    """A (C,) parameter as the kernels can read it. ATen's would do, but for its ReLU, whose zeros are not quite the same."""
+    if value is None or _is_vector(value):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _pair(value: float) -> tuple[float, float]:
@@ -96,12 +104,13 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
-    weight, bias, eps, _, _ = affine
+    weight, bias, eps, relu, residual = affine
+    if running is not None and not (_is_vector(running.mean) and _is_vector(running.var)):
+        move(running, statistics(message))
+        running = None
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    if affine.relu or not (_is_vector(weight) and _is_vector(bias) and _is_vector(mean) and _is_vector(var)):
-        return aten.normalize(x, message, affine, running)
     sizes, c, y = _sizes(x), x.shape[1], torch.empty_like(x)
-    saved = Saved(message.new_empty(c), message.new_empty(c), message.new_empty(()), weight)
+    saved = keep(affine, message.new_empty(c), message.new_empty(c), message.new_empty(()), y)
     if momentum is None:
         assert tracked is not None, "momentum=None counts batches"
         tracked.add_(message[-1] > 0)
@@ -109,7 +118,9 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
         programs.normalize,
         x,
         sizes["BLOCKS"] * max(1, sizes["tiles"]),
-        *(x, y, message, *saved[:3], weight, bias, mean, var, tracked, *_pair(eps), *_pair(momentum or 0.0)),
+        *(x, y, None if residual is None else like(residual, x), message, *saved[:3], _vector(weight), _vector(bias)),
+        *(mean, var, tracked, *_pair(eps), *_pair(momentum or 0.0)),
+        RELU=relu,
         IS_CUMULATIVE=momentum is None,
         **sizes,
     )
@@ -119,20 +130,20 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    if saved.relu:
-        return aten.gradient_sums(dy, x, saved)
-    mean, invstd, _, weight, *_ = saved
+    mean, invstd, _, weight, bias, y, relu = saved
     c, dtype = x.shape[1], torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
-    sums = GradientSums(mean.new_empty(2 * c), mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype))
-    _sums(programs.gradient_sums, x, like(dy, x), x, mean, invstd, *sums[:3])
+    passed = None if y is None else torch.empty_like(x)
+    sums = GradientSums(mean.new_empty(2 * c), mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype), passed)
+    by_y = None if y is None else like(y, x)
+    by_x = (_vector(weight), _vector(bias)) if relu and y is None else (None, None)
+    _sums(programs.gradient_sums, x, like(dy, x), x, by_y, passed, mean, invstd, *by_x, *sums[:3], RELU=relu and y is None)
     return sums
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
-    if saved.relu or not _is_vector(saved.weight):
-        return aten.input_gradient(dy, x, saved, message)
     sizes, dx = _sizes(x), torch.empty_like(x)
+    vectors, by_x = (_vector(saved.weight), _vector(saved.bias)), saved.relu and saved.y is None
     if x.numel():
         count = sizes["BLOCKS"] * sizes["tiles"]
-        _launch(programs.input_gradient, x, count, like(dy, x), x, dx, message, *saved[:3], saved.weight, **sizes)
+        _launch(programs.input_gradient, x, count, like(dy, x), x, dx, message, *saved[:3], *vectors, RELU=by_x, **sizes)
     return dx
