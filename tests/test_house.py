@@ -26,7 +26,7 @@ LAYERS = [
     {"convert"},
 ]
 # What benchmarks compare ours with issues collectives of its own.
-COMPARED = [("bench", "peers"), ("bench", "messages")]
+COMPARED = [("bench", name) for name in ("peers", "messages", "sync_operators", "fake_world")]
 FRAMEWORKS = {"pytorch_lightning", "lightning", "accelerate", "triton", "numpy", "sklearn", "matplotlib", "tqdm"}
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..doctor.finding import table
 from . import agreement, processes, rows
 from .agreement import Outputs
-from .layer import outputs_of, runnable
+from .peers import outputs_of, runnable
 from .rows import Row
 
 RATIOS = tuple(10.0**power for power in range(7))

@@ -10,11 +10,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .run import DTYPES
+
+CPU = torch.device("cpu")
 RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]
 ROWS = [(4096, 2048), (256, 64)]
 VOLUMES = [(2, 64, 8, 56, 56), (2, 128, 8, 28, 28), (2, 512, 4, 7, 7)]
 IMAGES = 8
 QUICK = [(64, 56), (256, 14), (512, 7)]  # also those that torch.compile is run on
+# On a GPU
+BATCHES = (2, 32, 128)
+DETECTION = [(64, 400, 672), (256, 200, 336), (512, 100, 168), (1024, 50, 84), (2048, 25, 42)]  # ResNet-50, 800×1344 pixels
+ODD = [(32, 3, 224, 224), (32, 48, 56, 56), (32, 1000, 14, 14)]
+GPU_ROWS = [*ROWS, (4096, 8192), (4096, 1000)]
+GPU_VOLUMES = [*VOLUMES, (8, 64, 16, 112, 112)]
+# What variants under torch.compile, which take long, are run on, by the batch.
+COMPILED = {IMAGES: (torch.float32,), 32: (torch.float32, torch.bfloat16)}
+GPU_DTYPES = DTYPES[:2]
 SMALL = 2**19  # values; what is smaller is repeated more often
 
 
@@ -30,8 +42,8 @@ class Case(NamedTuple):
 
     @property
     def by_compiler(self) -> bool:
-        """Whether the variants under torch.compile, which take long, are run on it."""
-        return self.dtype == torch.float32 and len(self.shape) == 4 and self.shape[1:3] in QUICK
+        """Whether the variants under torch.compile are run on it."""
+        return self.dtype in COMPILED.get(self.shape[0], ()) and len(self.shape) == 4 and self.shape[1:3] in QUICK
 
     @property
     def small(self) -> bool:
@@ -47,10 +59,10 @@ class Case(NamedTuple):
             made.bias.normal_(generator=generator)
         return made
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
         """x of mean 1/2 and dy of mean 0, both of standard deviation 1."""
-        generator = torch.Generator().manual_seed(0)
-        x, dy = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        generator = torch.Generator(device).manual_seed(0)
+        x, dy = (torch.randn(self.shape, generator=generator, device=device) for _ in range(2))
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         memory = formats[len(self.shape)] if self.layout.startswith("channels_last") else torch.contiguous_format
         x += 0.5
@@ -71,13 +83,32 @@ def shapes(quick: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "channels_last 3d", volume
 
 
+def gpu_shapes(quick: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(layout, shape) of every case on a GPU."""
+    for layout in ("contiguous", "channels_last"):
+        for batch in (32,) if quick else BATCHES:
+            for channels, size in QUICK if quick else RESNET50:
+                yield layout, (batch, channels, size, size)
+        if quick:
+            continue
+        for shape in DETECTION:
+            yield layout, (2, *shape)
+        for odd in ODD:
+            yield layout, odd
+        for volume in GPU_VOLUMES:
+            yield f"{layout} 3d", volume
+    for rows in GPU_ROWS[:1] if quick else GPU_ROWS:
+        yield "rows", rows
+
+
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases of the command's options, threads outermost; --shapes and --layouts keep some of them."""
+    on_cpu = options.device == "cpu"
     made = [
         Case(layout, shape, getattr(torch, dtype), threads)
-        for threads in (options.threads if options.device == "cpu" else [torch.get_num_threads()])
-        for dtype in options.dtypes
-        for layout, shape in shapes(options.quick)
+        for threads in (options.threads if on_cpu else [torch.get_num_threads()])
+        for dtype in options.dtypes or (DTYPES if on_cpu else GPU_DTYPES)
+        for layout, shape in (shapes if on_cpu else gpu_shapes)(options.quick)
     ]
     kept = [case for case in made if not options.shapes or case.name in options.shapes]
     return [case for case in kept if not options.layouts or case.layout in options.layouts]

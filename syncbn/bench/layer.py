@@ -5,24 +5,24 @@ Requirements
     - all variants of a case run in turn, in one process, on the same values; every one of them passed the equality check;
     - freed memory is kept, so that page faults fall on none of them;
     - a variant that cannot run here is named with the reason.
+
+On a GPU other things count, and other columns: layer_cuda.py.
 """
 
 import argparse
 import copy
 import functools
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import kernels
 from ..doctor.finding import table
-from . import agreement, check, peers, processes, rows
+from . import agreement, check, layer_cuda, peers, rows
 from .cases import Case, chosen
 from .memory import keep_heap, peak
-from .peers import PEERS, TORCH
+from .peers import PEERS, TORCH, outputs_of, runnable
 from .rows import Row
 from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
 
@@ -31,16 +31,17 @@ KEYS = ("variant", "dtype", "layout", "threads")
 
 def run(options: argparse.Namespace) -> int:
     """Measure every case, then append the rows or compare them with those recorded; the exit status."""
+    if options.device == "cuda":
+        return layer_cuda.run(options)
     device = torch.device(options.device)
-    variants = runnable(options.variants, device)
+    variants = runnable(options.variants or list(PEERS), device)
     measured: list[Row] = []
-    heap = "kept" if device.type == "cpu" and keep_heap() else "as it is"
+    heap = "kept" if keep_heap() else "as it is"
     before = torch.get_num_threads()
     try:
-        with processes.alone(device):
-            for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
-                torch.set_num_threads(case.threads)
-                measured += [row | {"heap": heap} for row in measure(case, variants, options.repeats, device)]
+        for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
+            torch.set_num_threads(case.threads)
+            measured += [row | {"heap": heap} for row in measure(case, variants, options.repeats, device)]
     finally:
         torch.set_num_threads(before)
     print(summary(measured))
@@ -48,18 +49,6 @@ def run(options: argparse.Namespace) -> int:
         return check.report(measured, rows.read("layer", options.results), rows.circumstances(options.device))
     print(rows.said(rows.append("layer", measured, options.results, options.device)))
     return 0
-
-
-def runnable(names: Sequence[str], device: torch.device) -> list[str]:
-    """Those that can be run on the device, torch's own first; what cannot is said."""
-    kept = [TORCH]
-    for name in dict.fromkeys(names):
-        reason = peers.available(name, device)
-        if reason is not None:
-            print(f"syncbn bench: {name} ({PEERS[name].what}) is skipped: {reason}", file=sys.stderr)
-        elif name != TORCH:
-            kept.append(name)
-    return kept
 
 
 def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.device) -> list[Row]:
@@ -102,13 +91,6 @@ def _row(case: Case, name: str, taken: dict[str, list[float]], bytes_held: dict[
         "peak_over_torch": round(bytes_held[name] / bytes_held[TORCH], 3),
         "repeats": len(taken[name]),
     }
-
-
-def outputs_of(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.Outputs:
-    with peers.using(name):
-        if PEERS[name].kernels == "aten":
-            assert kernels.pick(x) is kernels.composed(), "the compiled kernels are hidden"
-        return agreement.outputs(peers.make(name, layer), x, dy)
 
 
 def step(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:

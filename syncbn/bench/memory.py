@@ -37,7 +37,7 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     held = most = 0
     cpu = torch.profiler.ProfilerActivity.CPU
-    with _quiet(), torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
+    with quiet(), torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()
     for event in events:
@@ -48,7 +48,7 @@ def peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the two lines that the profiler of torch 2.13 writes on standard error, below Python, for every run."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

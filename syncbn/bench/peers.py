@@ -2,13 +2,17 @@
 
 Requirements
     - a peer computes what its own users get: torch's layer as it is, and the layer of many papers as they write it;
-    - ours takes the synchronized path in a process that is alone too, and with ATen kernels as where none are built.
+    - ours takes the synchronized path in a process that is alone too, with ATen kernels as where none are built, and on a GPU
+      with those in Triton, however small the input.
 """
 
 import contextlib
 import copy
+import importlib.util
+import math
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,8 +23,11 @@ from torch import Tensor, nn
 from .. import kernels
 from ..convert import convert
 from ..module import _Synchronized
+from . import agreement, sync_operators
 
 TORCH = "torch"  # the name of the base of all ratios
+TORCH_SYNC = "torch-sync"  # that of the second base, on GPUs
+PASSES = (3, 5)  # over the tensor, at least, forward and backward: x twice and y; dy and x twice and dx
 
 
 class PlainSyncBatchNorm(nn.Module):
@@ -69,20 +76,6 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
-class _TorchSync(nn.Module):
-    """The operators of torch.nn.SyncBatchNorm, which takes torch's own batch norm in a group of one, on such a group."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = copy.deepcopy(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        of, group = self.layer, dist.group.WORLD
-        apply = torch.nn.modules._functions.SyncBatchNorm.apply
-        y: Tensor = apply(x, of.weight, of.bias, of.running_mean, of.running_var, of.eps, of.momentum, group, 1)
-        return y
-
-
 def forced(layer: nn.Module) -> nn.Module:
     """The layers of a copy, as ours."""
     made = convert(copy.deepcopy(layer))
@@ -99,16 +92,20 @@ class Peer(NamedTuple):
     make: Callable[[nn.Module], nn.Module]  # from torch's layer
     compiled: bool = False  # by torch.compile, which takes seconds a shape
     kernels: str | None = None  # of ours: "compiled" or "aten"
-    cuda_only: bool = False
+    of_torch_sync: bool = False  # by operators that CUDA alone has
+    passes: tuple[int, int] = PASSES
 
 
+# A fused form (batch norm and ReLU; and addition and ReLU) is a peer too, with the passes that it needs at least. `agreement`
+# is to know what it computes, and its ratios have a base of the same form: nn.BatchNorm and torch.relu.
 PEERS = {
     TORCH: Peer("torch.nn.BatchNorm, local", copy.deepcopy),
     "torch-inductor": Peer("torch.nn.BatchNorm under torch.compile", copy.deepcopy, compiled=True),
-    "torch-sync": Peer("the operators of torch.nn.SyncBatchNorm", _TorchSync, cuda_only=True),
+    TORCH_SYNC: Peer("the operators of torch.nn.SyncBatchNorm", sync_operators.TorchSync, of_torch_sync=True),
+    "torch-sync-unmasked": Peer("the same without the mask of empty ranks", sync_operators.Unmasked, of_torch_sync=True),
     "plain": Peer("autograd through an all_reduce of E[x], E[x²]", PlainSyncBatchNorm),
     "plain-inductor": Peer("the same under torch.compile", PlainSyncBatchNorm, compiled=True),
-    "syncbn": Peer("syncbn, compiled kernels", forced, kernels="compiled"),
+    "syncbn": Peer("syncbn, compiled kernels; on a GPU in Triton", forced, kernels="compiled"),
     "syncbn-aten": Peer("syncbn, ATen kernels", forced, kernels="aten"),
     "syncbn-inductor": Peer("syncbn under torch.compile", forced, compiled=True),
 }
@@ -116,24 +113,54 @@ PEERS = {
 
 def available(name: str, device: torch.device) -> str | None:
     """Why a peer cannot be run on the device; None if it can."""
-    peer = PEERS[name]
-    if peer.cuda_only and device.type != "cuda":
-        return "torch.nn.SyncBatchNorm has no CPU implementation"
-    if peer.compiled and device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+    peer, on_cpu = PEERS[name], device.type == "cpu"
+    if peer.of_torch_sync and sync_operators.missing(device):
+        return sync_operators.missing(device)
+    if peer.compiled and on_cpu and shutil.which("g++") is None and shutil.which("clang++") is None:
         return "torch.compile needs a C++ compiler"
-    if peer.kernels == "compiled" and kernels.pick(torch.empty(2, 2, 2, 2, device=device)) is kernels.composed():
-        return "the compiled kernels were not built here"
+    if peer.compiled and not on_cpu and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton"
+    if peer.kernels == "compiled":
+        with using(name):
+            if kernels.pick(torch.empty(2, 2, 2, 2, device=device)) is kernels.composed():
+                return "the compiled kernels were not built here" if on_cpu else "Triton is not installed"
     return None
+
+
+def runnable(names: Sequence[str], device: torch.device) -> list[str]:
+    """Those that can be run on the device, torch's own first; what cannot is said."""
+    kept = [TORCH]
+    for name in dict.fromkeys(names):
+        reason = available(name, device)
+        if reason is not None:
+            print(f"syncbn bench: {name} ({PEERS[name].what}) is skipped: {reason}", file=sys.stderr)
+        elif name != TORCH:
+            kept.append(name)
+    return kept
 
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Take the kernels of a peer: ATen's, as where the compiled ones were not built; any other changes nothing."""
+    """Take the kernels of a peer: ATen's, as where no others were built; those in Triton from the first byte on."""
+    wanted, before = PEERS[name].kernels, kernels.TRITON_FROM_BYTES
     hidden: Any = contextlib.nullcontext()
-    if PEERS[name].kernels == "aten":
+    if wanted == "aten":
         hidden = mock.patch.object(kernels, "compiled", return_value=None)
-    with hidden:
-        yield
+    kernels.TRITON_FROM_BYTES = {"aten": math.inf, "compiled": 0}.get(str(wanted), before)
+    try:
+        with hidden:
+            yield
+    finally:
+        kernels.TRITON_FROM_BYTES = before
+
+
+def outputs_of(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.Outputs:
+    """One step of the peer's layer made from `layer`."""
+    with using(name):
+        if PEERS[name].kernels is not None:
+            is_composed = kernels.pick(x) is kernels.composed()
+            assert is_composed == (PEERS[name].kernels == "aten"), "the kernels are those of the peer"
+        return agreement.outputs(make(name, layer), x, dy)
 
 
 def make(name: str, layer: nn.Module) -> nn.Module:

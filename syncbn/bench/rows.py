@@ -7,6 +7,7 @@ Requirements
 
 import csv
 import datetime
+import importlib
 import platform
 import shlex
 import subprocess
@@ -97,6 +98,34 @@ def hardware(device: str = "cpu") -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores"
+
+
+def accelerator(device: torch.device) -> dict[str, str]:
+    """Versions of what is below torch on a GPU, empty where there is none of them: columns of the rows measured there."""
+    on_gpu = device.type == "cuda"
+    return {
+        "driver": _driver() if on_gpu else "",
+        "cuda": str(torch.version.cuda or "") if on_gpu else "",
+        "triton": _version_of("triton"),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu and torch.distributed.is_nccl_available() else "",
+    }
+
+
+def _version_of(package: str) -> str:
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError:
+        return ""
+
+
+def _driver() -> str:
+    """As nvidia-smi tells it; nothing where it is not there."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.split("\n", 1)[0].strip() if done.returncode == 0 else ""
 
 
 def commit() -> str:

@@ -16,7 +16,10 @@ from typing import Any
 Subcommands = Any  # argparse's, which cannot be subscripted when the program runs
 NEEDED = ("matplotlib", "tqdm")
 DTYPES = ("float32", "bfloat16", "float16")
-VARIANTS = ("torch", "torch-inductor", "torch-sync", "plain", "plain-inductor", "syncbn", "syncbn-aten", "syncbn-inductor")
+VARIANTS = (
+    *("torch", "torch-inductor", "torch-sync", "torch-sync-unmasked"),
+    *("plain", "plain-inductor", "syncbn", "syncbn-aten", "syncbn-inductor"),
+)
 
 
 def add_command(commands: Subcommands) -> None:
@@ -79,8 +82,8 @@ def _layer(kinds: Subcommands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=whole(1), nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N", help="CPU"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the input")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside torch's own")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the input; default: all, on a GPU the first two")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="beside torch's own; default: all that fit the device")
     parser.add_argument("--shapes", nargs="+", metavar="NxCx...", help="these alone, as rows name them; default: all")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="these alone, as rows name them; default: all")
     parser.add_argument("--quick", action="store_true", help="three shapes")

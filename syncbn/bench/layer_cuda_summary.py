@@ -1,0 +1,88 @@
+"""What `bench layer --device cuda` prints of its rows: ratios, fractions of a copy, targets, and what is lost."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..doctor.finding import table
+from .timing import geometric_mean
+
+Row = Mapping[str, Any]
+KEYS = ("variant", "dtype", "layout")
+TARGETS = {"forward": 0.85, "backward": 0.75}  # of the bandwidth of a copy
+LARGE = 25_000_000  # bytes of a tensor: below, latency decides, not bandwidth
+OURS = "syncbn"
+SHOWN = 10  # lost cases that are named
+
+
+def summary(measured: Sequence[Row]) -> str:
+    """Of one run."""
+    return "\n\n".join([_table(measured), "\n".join([*targets(measured), *lost(measured)])])
+
+
+def _table(measured: Sequence[Row]) -> str:
+    """Geometric means over the shapes; fractions of a copy are medians over large tensors; counts from least to most."""
+    heading = (*KEYS, "over torch", "worst", "over torch-sync", "worst", "forward", "backward", "launches", "waits", "memory")
+    lines: list[Sequence[object]] = [heading]
+    for key in dict.fromkeys(tuple(row[name] for name in KEYS) for row in measured):
+        of = [row for row in measured if tuple(row[name] for name in KEYS) == key]
+        large = [row for row in of if row["bytes"] >= LARGE]
+        cells = [*_means(of, "ratio"), *_means(of, "over_torch_sync")]
+        cells += [_one(large, f"{part}_of_copy", statistics.median) for part in TARGETS]
+        cells += [_span(of, "launches"), _span(of, "host_synchronizations"), _one(of, "peak_over_torch", geometric_mean)]
+        lines.append((*key, *cells))
+    return table(lines) + (
+        "\n\nover torch, over torch-sync: a step by the clock; forward, backward: fraction of the bandwidth of a copy, on the "
+        f"device from a flushed L2, tensors of {LARGE / 1e6:g} MB and more"
+    )
+
+
+def _values(of: Sequence[Row], name: str) -> list[float]:
+    return [float(row[name]) for row in of if row[name] != ""]
+
+
+def _one(of: Sequence[Row], name: str, mean: Callable[[list[float]], float]) -> str:
+    values = _values(of, name)
+    return f"{mean(values):.2f}" if values and min(values) > 0 else "-"
+
+
+def _means(of: Sequence[Row], name: str) -> list[str]:
+    return [_one(of, name, geometric_mean), _one(of, name, max)]
+
+
+def _span(of: Sequence[Row], name: str) -> str:
+    values = _values(of, name)
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def targets(measured: Sequence[Row]) -> list[str]:
+    """One line for each pass, dtype and layout of ours: how many of the large tensors reach the target."""
+    told = []
+    large = [row for row in measured if row["variant"] == OURS and row["bytes"] >= LARGE]
+    for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in large):
+        of = [row for row in large if (row["dtype"], row["layout"]) == (dtype, layout)]
+        for part, target in TARGETS.items():
+            reached = [float(row[f"{part}_of_copy"]) for row in of]
+            enough = sum(one >= target for one in reached)
+            least = min(of, key=lambda row: float(row[f"{part}_of_copy"]))
+            told.append(
+                f"{'ok  ' if enough == len(of) else 'BAD '} {OURS}, {dtype}, {layout}, {part}: {enough} of {len(of)} tensors "
+                f"of {LARGE / 1e6:g} MB and more have {target:.0%} of the bandwidth of a copy; least {min(reached):.0%}, "
+                f"{least['shape']}"
+            )
+    return told or [f"no tensor of {LARGE / 1e6:g} MB or more was measured with {OURS}: nothing is said of the targets"]
+
+
+def lost(measured: Sequence[Row]) -> list[str]:
+    """The cases in which ours is slower, the worst first."""
+    told = []
+    for base, column in (("torch's local batch norm", "ratio"), ("torch-sync", "over_torch_sync")):
+        of = [row for row in measured if row["variant"] == OURS and row[column] != ""]
+        slower = sorted((row for row in of if float(row[column]) > 1), key=lambda row: -float(row[column]))
+        told.append(f"{OURS} is slower than {base}, by the clock, in {len(slower)} of {len(of)} cases")
+        named = [f"  {row['dtype']}, {row['layout']}, {row['shape']}: {float(row[column]):.2f}" for row in slower[:SHOWN]]
+        told += named + ([f"  and {len(slower) - SHOWN} more"] if len(slower) > SHOWN else [])
+    return told
