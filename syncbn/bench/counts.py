@@ -14,7 +14,7 @@ from .memory import quiet
 MARK = "syncbn bench: counted"
 LAUNCH = re.compile(r"cu(da)?(Launch\w*Kernel|GraphLaunch)")  # of the runtime and of the driver, which Triton calls
 WAIT = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async))")
-NO_KERNEL = re.compile(r"Mem(cpy|set)|\w+ (Sync|Wait)|" + re.escape(MARK))
+NO_KERNEL = re.compile(r"Mem(cpy|set)|\w+ (Sync|Wait)")
 TO_HOST = "Memcpy DtoH"
 BACKENDS = {"cudnn_batch_norm": "cudnn", "miopen_batch_norm": "miopen", "native_batch_norm": "native"}
 
@@ -56,7 +56,7 @@ def counted(events: Iterable[Any]) -> Counts:
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     mark = next(event.time_range for event in on_host if event.name == MARK)
     called = [event.name for event in on_host if mark.start <= event.time_range.start <= mark.end]
-    done = [event.name for event in events if event.device_type != DeviceType.CPU]
+    done = [event.name for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
     return Counts(
         sum(LAUNCH.match(name) is not None for name in called),
         sum(NO_KERNEL.match(name) is None for name in done),

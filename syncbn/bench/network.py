@@ -1,4 +1,6 @@
-"""The network of the step benchmark: a ResNet-18 (He et al. 2015, arXiv:1512.03385), 20 batch norm layers, for 64×64 images."""
+"""Residual networks (He et al. 2015, arXiv:1512.03385): a ResNet-18 with 20 batch norm layers, for 64×64 images, and a
+ResNet-50 with 53, for 224×224.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 CLASSES = 100
 SIZE = 64  # pixels
+DAMPED = 0.2
 
 
 class Residual(nn.Module):
@@ -39,6 +42,45 @@ def network(width: int = 64) -> nn.Sequential:
         layers += [Residual(inputs, outputs, 1 if stage == 0 else 2), Residual(outputs, outputs, 1)]
         inputs = outputs
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
+
+
+class Bottleneck(nn.Module):
+    """Convolutions of 1×1, 3×3 and 1×1, each with batch norm, around which the input passes; the second has the stride."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        nn.init.constant_(self.bn3.weight, DAMPED)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+def resnet50(width: int = 64) -> nn.Sequential:
+    """(N, 3, H, W) → (N, 1000); branches start at DAMPED of their size, lest rounding explode through 16 of them."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inputs = width
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            layers.append(Bottleneck(inputs, width << stage, 2 if stage and block == 0 else 1))
+            inputs = 4 * (width << stage)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
 
 
 def replace(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:

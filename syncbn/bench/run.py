@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Subcommands = Any  # argparse's, which cannot be subscripted when the program runs
-NEEDED = ("matplotlib", "tqdm")
+NEEDED = {"plot": ("matplotlib",)}  # others: tqdm
 DTYPES = ("float32", "bfloat16", "float16")
 VARIANTS = (
     *("torch", "torch-inductor", "torch-sync", "torch-sync-unmasked"),
@@ -32,7 +32,7 @@ def add_command(commands: Subcommands) -> None:
         "ratio that grew; 2 for a usage error, or nothing to check against; 130 if interrupted.",
     )
     kinds = parser.add_subparsers(title="benchmarks", metavar="<benchmark>", required=True)
-    for add in (_layer, _accuracy, _step, _scaling, _plot):
+    for add in (_layer, _accuracy, _step, _resnet50, _merge, _scaling, _plot):
         made: argparse.ArgumentParser = add(kinds)
         made.add_argument("--results", type=Path, metavar="DIR", help=RESULTS)
 
@@ -69,8 +69,8 @@ def positive(text: str) -> float:
     return value
 
 
-def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
+def _device(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="where it runs")
 
 
 def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
@@ -114,6 +114,25 @@ def _step(kinds: Subcommands) -> argparse.ArgumentParser:
     return parser
 
 
+def _resnet50(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "resnet50", "a training step of a ResNet-50 on one GPU, uncommunicated, over local batch norm")
+    parser.add_argument("--images", type=whole(1), nargs="+", default=[8, 32], metavar="N", help="of a step")
+    parser.add_argument("--width", type=whole(1), default=64, metavar="N", help="channels of the first stage")
+    parser.add_argument("--size", type=whole(32), default=224, metavar="N", help="pixels of a side")
+    _device(parser, "cuda")
+    _repeats(parser, 20)
+    return parser
+
+
+def _merge(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "merge", "the merge of W ranks' statistics in torch.nn.SyncBatchNorm, beside ours of one message")
+    parser.add_argument("--ranks", type=whole(1), nargs="+", default=[8 << n for n in range(10)], metavar="W", help="modelled")
+    parser.add_argument("--channels", type=whole(1), nargs="+", default=[64, 512, 2048], metavar="C", help="of the layer")
+    _device(parser, "cuda")
+    _repeats(parser, 50)
+    return parser
+
+
 def _scaling(kinds: Subcommands) -> argparse.ArgumentParser:
     parser = _parser(kinds, "scaling", "latency of the collectives here, a model of it, and its projection to many ranks")
     parser.add_argument("--ranks", type=whole(1), nargs="+", default=list(range(1, 9)), metavar="N", help="processes measured")
@@ -132,14 +151,16 @@ def _scaling(kinds: Subcommands) -> argparse.ArgumentParser:
 
 
 def _plot(kinds: Subcommands) -> argparse.ArgumentParser:
-    parser = _parser(kinds, "plot", "draw layer.png and scaling.png beside the rows, from the rows alone")
+    parser = _parser(
+        kinds, "plot", "draw layer.png, scaling.png, layer_cuda.png and merge.png beside the rows, from the rows alone"
+    )
     parser.add_argument("--hardware", metavar="TEXT", help="of the rows to draw; default: that of the last row")
     return parser
 
 
 def run(name: str, options: argparse.Namespace) -> int:
     """Run a benchmark; the exit status."""
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    missing = [package for package in NEEDED.get(name, ("tqdm",)) if importlib.util.find_spec(package) is None]
     if missing:
         return say(f'{", ".join(missing)} not installed; expected what the benchmarks need: pip install "syncbn[bench]"')
     import torch

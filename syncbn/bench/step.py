@@ -11,6 +11,7 @@ import argparse
 import copy
 import os
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,13 +73,22 @@ def kernels_of(name: str) -> str:
 def run(options: argparse.Namespace) -> int:
     """Measure at each number of ranks, print, append rows; the exit status."""
     measured: list[Row] = []
-    for size in options.ranks:
+    for size in fitting(options.ranks, options.device):
         arguments = {"images": options.images, "width": options.width, "repeats": options.repeats, "device": options.device}
         answers = processes.run(TASK, arguments, size, options.timeout, options.device)
         measured += rows_of(answers, options, size)
     print(shown(measured))
     print(rows.said(rows.append("step", measured, options.results, options.device)))
     return 0
+
+
+def fitting(sizes: Sequence[int], device: str) -> list[int]:
+    """The numbers of ranks for which there is a device each; what is left out is said."""
+    there = torch.cuda.device_count() if device == "cuda" else max(sizes)
+    for size in sizes:
+        if size > there:
+            print(f"syncbn bench: {size} ranks are skipped: there are GPUs for {there}", file=sys.stderr)
+    return [size for size in sizes if size <= there]
 
 
 def rows_of(answers: Sequence[Answer], options: argparse.Namespace, size: int) -> list[Row]:
@@ -145,6 +155,7 @@ def measure(rank: int, world_size: int, images: int, width: int, repeats: int, d
     makers = variants(world_size, on)
     models = {name: data_parallel(make(copy.deepcopy(initial)).to(on)) for name, make in makers.items()}
     share = x[mine].to(on), target[mine].to(on)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions are float32, as those that they are checked against
     for name, model in models.items():
         with peers.using(kernels_of(name)):
             F.cross_entropy(model(share[0]), share[1]).backward()
