@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import csv
 import functools
+import itertools
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,25 @@ from torch.autograd import DeviceType
 
 from syncbn import kernels
 from syncbn.__main__ import main
-from syncbn.bench import cases, check, counts, device_time, layer, layer_cuda, layer_cuda_summary, peers, rows
+from syncbn.bench import (
+    cases,
+    check,
+    counts,
+    device_time,
+    draw_layer_cuda,
+    draw_merge,
+    layer,
+    layer_cuda,
+    layer_cuda_summary,
+    memory,
+    merge,
+    network,
+    peers,
+    plot,
+    resnet50,
+    rows,
+    step,
+)
 from syncbn.bench.fake_world import RANKS, fake_world, gather_name
 from syncbn.bench.run import add_command
 
@@ -96,7 +116,10 @@ def test_the_world_calls_what_torchs_layer_calls(operators):
 
 def event(name: str, start: float, device: DeviceType = DeviceType.CPU, end: float | None = None) -> SimpleNamespace:
     return SimpleNamespace(
-        name=name, device_type=device, time_range=SimpleNamespace(start=start, end=start + 1 if end is None else end)
+        name=name,
+        device_type=device,
+        time_range=SimpleNamespace(start=start, end=start + 1 if end is None else end),
+        is_user_annotation=name == counts.MARK,
     )
 
 
@@ -370,3 +393,259 @@ def test_versions_below_torch():
     assert (found["driver"], found["cuda"], found["nccl"]) == ("", "", "")
     assert rows._version_of("csv") == csv.__version__
     assert rows._version_of("no_such_package") == ""
+
+
+# The network
+
+
+def test_the_networks_are_those_of_the_paper():
+    made = network.resnet50()
+    assert sum(p.numel() for p in made.parameters()) == 25_557_032
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in made.modules()) == 53
+    assert network.resnet50(4)(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+NETWORK = "resnet50 --device cpu --width 4 --images 8 --size 64 --repeats 2"
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """A single setting, and without the profiler, which takes seconds for a network."""
+    monkeypatch.setattr(resnet50, "WARM_UP", 1)
+    monkeypatch.setattr(resnet50, "SETTINGS", resnet50.SETTINGS[1:2])
+    monkeypatch.setattr(memory, "peak", lambda run, device: 1)
+    monkeypatch.setattr(counts, "of", lambda run, device: (counts.Counts(5, 5, 0, 0), ""))
+
+
+def test_a_step_of_the_network(operators, brief, tmp_path, capsys):
+    """Every variant trains as torch's does, and is timed beside it."""
+    assert main(["bench", *NETWORK.split(), "--results", str(tmp_path)]) == 0
+    found = read(tmp_path / "resnet50.csv")
+    names = ["torch", "torch-sync", "torch-sync-unmasked", "syncbn", "syncbn-aten"]
+    if peers.available("syncbn", CPU):
+        names.remove("syncbn")
+    assert [(row["precision"], row["layout"], row["variant"]) for row in found] == [
+        ("float32", "channels_last", name) for name in names
+    ]
+    for row in found:
+        assert 0 < float(row["milliseconds_lower"]) <= float(row["milliseconds_median"]) <= float(row["milliseconds_upper"])
+        assert (float(row["over_torch_median"]) == 1) == (row["variant"] == "torch")
+        assert (float(row["over_torch_sync_median"]) == 1) == (row["variant"] == "torch-sync")
+        assert float(row["error_gradients"]) < 1e-2
+    assert "over torch-sync" in capsys.readouterr().out
+
+
+def test_under_autocast_activations_are_bfloat16():
+    halves, whole, _ = resnet50.SETTINGS
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with halves.autocast(CPU):
+        assert layer(x).dtype == torch.bfloat16
+    with whole.autocast(CPU):
+        assert layer(x).dtype == torch.float32
+    assert [one.layout for one in resnet50.SETTINGS] == ["channels_last", "channels_last", "contiguous"]
+
+
+class Half(nn.Module):
+    """A layer whose gradient is not that of batch norm."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y.detach() + 0.9 * (y - y.detach())
+
+
+def test_a_network_that_does_not_train_alike_is_not_reported(operators, brief, tmp_path, capsys):
+    wrong = {"torch-sync": lambda model: network.replace(model, Half)}
+    with mock.patch.dict(resnet50.MAKERS, wrong):
+        assert main(["bench", *NETWORK.split(), "--results", str(tmp_path)]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "torch-sync does not train as torch's local batch norm: gradients of 8 images are off by" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_ranks_than_gpus_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert step.fitting([1, 2, 4], "cpu") == [1, 2, 4]
+    assert capsys.readouterr().err == ""
+    assert step.fitting([1, 2, 4], "cuda") == [1]
+    assert capsys.readouterr().err.splitlines()[-1] == "syncbn bench: 4 ranks are skipped: there are GPUs for 1"
+
+
+# The merge
+
+MERGE = "merge --device cpu --ranks 1 8 512 --channels 4 --repeats 2"
+
+
+def test_the_merge(operators, tmp_path, capsys):
+    assert main(["bench", *MERGE.split(), "--results", str(tmp_path)]) == 0
+    found = read(tmp_path / "merge.csv")
+    bytes_of = {(row["variant"], row["ranks"]): int(row["bytes"]) for row in found}
+    assert bytes_of["torch-sync", "512"] == 64 * bytes_of["torch-sync-unmasked", "8"] == 512 * 4 * 9
+    assert {bytes_of["syncbn-aten", ranks] for ranks in ("1", "8", "512")} == {8 * 9}
+    assert len({row["variant"] for row in found}) == 4 - (peers.available("syncbn", CPU) is not None)
+    assert all(float(row["device_microseconds_median"]) > 0 for row in found)
+    assert re.search(r"channels +variant +W=1 +W=8 +W=512 +waits", capsys.readouterr().out)
+
+
+def test_the_merge_is_not_there_on_a_cpu(tmp_path, capsys):
+    assert main(["bench", *MERGE.split(), "--results", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "syncbn bench: given --device cpu: torch.nn.SyncBatchNorm has no CPU implementation, so there is no merge of it to "
+        "measure; expected --device cuda\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", ["torch-sync", "syncbn-aten"])
+def test_a_merge_that_is_wrong_is_not_reported(variant, operators, tmp_path, capsys):
+    real = merge.merge_of
+
+    def wrong(name, of):
+        if name != variant:
+            return real(name, of)
+        return real(name, of._replace(gathered=of.gathered * 1.01, message=of.message + 1))
+
+    with mock.patch.object(merge, "merge_of", wrong):
+        assert main(["bench", *MERGE.split(), "--results", str(tmp_path)]) == 1
+    assert f"{variant} of 1 ranks, 4 channels: the mean is off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# Pictures
+
+
+CIRCUMSTANCES = {
+    "date": "2020-01-01",
+    "hardware": "a made-up GPU",
+    "driver": "0",
+    "torch": "0",
+    "triton": "0",
+    "commit": "made up",
+}
+
+
+def write(path: Path, found: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*found[0], *CIRCUMSTANCES])
+        writer.writeheader()
+        writer.writerows([row | CIRCUMSTANCES for row in found])
+
+
+def invented(directory: Path, factor: float) -> None:
+    """Rows that nobody measured, of both files."""
+    speeds = {
+        "torch": 0.6,
+        "torch-inductor": 0.7,
+        "torch-sync": 0.35,
+        "torch-sync-unmasked": 0.4,
+        "syncbn": 0.9,
+        "syncbn-aten": 0.2,
+    }
+    found: list[dict[str, object]] = []
+    for name, dtype, layout in itertools.product(speeds, ("float32", "bfloat16"), draw_layer_cuda.MARKERS):
+        for number in range(4, 9):
+            part = speeds[name] * (1 - 1 / (number - 2)) * factor
+            over = "" if dtype == "bfloat16" and layout == "rows" else 0.3 / part
+            row = {"variant": name, "backend": "cudnn" * (name == "torch"), "dtype": dtype, "layout": layout, "shape": number}
+            row |= {
+                "bytes": 3 * 10**number,
+                "device": "cuda",
+                "ranks": 8,
+                "over_torch_sync": over,
+                "device_over_torch_sync": over,
+            }
+            found.append(row | {"forward_of_copy": part, "backward_of_copy": 0.9 * part})
+    write(directory / "layer_cuda.csv", [*found, found[0] | {"variant": "copy"}])
+    merges = []
+    for name, channels, power in itertools.product(draw_merge.VARIANTS, (64, 512, 2048), range(3, 13)):
+        micros = (2**power * channels**0.3 / 50 + 5) * factor if name.startswith("torch") else 4 * factor + len(name) - 6
+        parts = zip(("lower_quartile", "median", "upper_quartile"), (0.9, 1, 1.2), strict=True)
+        times = {f"device_microseconds_{part}": scale * micros for part, scale in parts}
+        merges.append({"variant": name, "ranks": 2**power, "channels": channels, "device": "cuda"} | times)
+    write(directory / "merge.csv", merges)
+
+
+def pictures(directory: Path) -> list[bytes]:
+    assert main(["bench", "plot", "--results", str(directory)]) == 1, "the two of the CPU have no rows"
+    return [(directory / name).read_bytes() for name in ("layer_cuda.png", "merge.png")]
+
+
+def test_pictures_are_drawn_from_rows_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rows, "circumstances", mock.Mock(side_effect=AssertionError))
+    invented(tmp_path, 1.0)
+    first = pictures(tmp_path)
+    assert all(picture.startswith(b"\x89PNG") for picture in first)
+    assert pictures(tmp_path) == first
+    for name in ("layer_cuda", "merge"):
+        invented(tmp_path, 1.0)
+        kept = {path: path.read_text() for path in tmp_path.glob("*.csv") if path.stem != name}
+        invented(tmp_path, 0.8)
+        for path, text in kept.items():
+            path.write_text(text)
+        assert [one != other for one, other in zip(pictures(tmp_path), first, strict=True)] == [
+            name == "layer_cuda",
+            name == "merge",
+        ]
+    assert "to draw layer.png from" in capsys.readouterr().err
+
+
+def test_without_a_gpus_rows_its_pictures_are_not_missed(tmp_path, capsys, monkeypatch):
+    for name in ("draw_layer", "draw_scaling"):
+        monkeypatch.setattr(plot, name, lambda figure, *tables: None)
+    for name in ("layer", "scaling_projection", "scaling_efficiency"):
+        write(tmp_path / f"{name}.csv", [dict.fromkeys({*plot.LAYER, *plot.LATENCY, *plot.EFFICIENCY}, "1")])
+    assert main(["bench", "plot", "--results", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["layer.png", "scaling.png"]
+    assert "to draw merge.png from; expected some: record them on a GPU" in capsys.readouterr().err
+
+
+# On a GPU
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Memory as it is, and the operators that are not deterministic: conftest puts its own settings back."""
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("layer --device cuda --quick --repeats 2", "layer_cuda"),
+        ("layer --device cuda --quick --repeats 2 --dtypes float16 --variants syncbn torch-sync", "layer_cuda"),
+        ("resnet50 --images 8 --size 64 --repeats 2", "resnet50"),
+        ("merge --ranks 8 4096 --repeats 2", "merge"),
+        ("step --device cuda --ranks 1 --repeats 2", "step"),
+        ("accuracy --device cuda", "accuracy"),
+    ],
+)
+def test_every_command_runs_on_a_gpu(as_users_run_it, command, file, tmp_path):
+    assert main(["bench", *command.split(), "--results", str(tmp_path)]) == 0
+    assert read(tmp_path / f"{file}.csv")
+    main(["bench", "plot", "--results", str(tmp_path)])
+
+
+@needs_gpu
+def test_what_is_counted_and_timed_on_a_gpu(as_users_run_it):
+    """Torch's masks wait, ours does not and takes four launches and two collectives; a pass is queued before it begins."""
+    names = [
+        "torch",
+        "torch-sync",
+        "torch-sync-unmasked",
+        *(["syncbn"] if peers.available("syncbn", torch.device("cuda")) is None else []),
+    ]
+    case = cases.Case("channels_last", (32, 64, 56, 56), torch.float32, 1)
+    found = {row["variant"]: row for row in layer_cuda.measure(case, names, 5, torch.device("cuda"))}
+    assert found["torch"]["backend"] in ("cudnn", "native")
+    assert found["torch-sync"]["host_synchronizations"] >= 3
+    assert found["torch-sync-unmasked"]["host_synchronizations"] == 0
+    assert found["copy"]["host_ahead"] == 1
+    assert 0.05 < found["torch"]["forward_of_copy"] < 1.5
+    if "syncbn" in found:
+        assert (found["syncbn"]["host_synchronizations"], found["syncbn"]["copies_to_host"]) == (0, 0)
+        assert found["syncbn"]["launches"] == 4 + 2, "four kernels and two collectives"
