@@ -1,5 +1,7 @@
 """Shared by all tests: one thread, and memory that shows when it is read before it is written."""
 
+import sys
+
 import hypothesis
 import pytest
 import torch
@@ -12,6 +14,11 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000,
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     hypothesis.settings.load_profile("long" if config.getoption("markexpr") == "campaign" else "short")
+
+
+def pytest_collection_finish() -> None:
+    if "worlds" in sys.modules:
+        sys.modules["worlds"].prepare()
 
 
 @pytest.fixture(autouse=True)

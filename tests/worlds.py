@@ -14,10 +14,12 @@ import contextlib
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ SIZE = 4
 GROUP_TIMEOUT = 30.0  # seconds a collective waits for a peer
 CASE_TIMEOUT = 60.0
 START_TIMEOUT = 90.0
+START = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+START.set_forkserver_preload(["torch", "torch._dynamo"])  # seconds to import, here once for all processes
 GRACE = 1.0  # seconds the other ranks get to show that they failed too, or ended, after the first error
 
 
@@ -45,15 +49,14 @@ class _Processes:
     """Some processes with a default group, waiting for cases."""
 
     def __init__(self, size: int, group_timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")
         self.directory = tempfile.TemporaryDirectory(prefix="syncbn-world-")
         store = os.path.join(self.directory.name, "store")
         self.pipes: list[Connection] = []
         self.processes = []
         with _single_threaded():
             for rank in range(size):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, size, store, theirs, group_timeout), daemon=True)
+                ours, theirs = START.Pipe()
+                process = START.Process(target=_serve, args=(rank, size, store, theirs, group_timeout), daemon=True)
                 process.start()
                 theirs.close()
                 self.pipes.append(ours)
@@ -142,6 +145,13 @@ def run_fresh(
     finally:
         if processes.pipes:
             processes.stop()
+
+
+def prepare() -> None:
+    """Begin the imports, while the first tests run."""
+    if START.get_start_method() == "forkserver":
+        with _single_threaded():
+            forkserver.ensure_running()
 
 
 @atexit.register
