@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -419,6 +420,26 @@ def command(*arguments: str, env: dict[str, str] | None = None, seconds: float =
     )
 
 
+PROGRAM = """
+import os, sys, torch
+if os.environ["RANK"] == "1":
+    torch.__version__ = "9.9"
+from syncbn.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def under_torchrun(tmp_path_factory):
+    """Two ranks with another version of torch on one of them, started; read by the last test of these two."""
+    program = tmp_path_factory.mktemp("doctor") / "program.py"
+    program.write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(command, *launcher, "doctor", "--repeats=2", "--steps=2", f"--model={MODULE}:small")
+
+
+@pytest.mark.usefixtures("under_torchrun")
 def test_a_rank_that_never_comes_is_an_error_in_time():
     start = time.monotonic()
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -430,20 +451,8 @@ def test_a_rank_that_never_comes_is_an_error_in_time():
     assert line.endswith("): start every rank; name the right network by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
 
 
-PROGRAM = """
-import os, sys, torch
-if os.environ["RANK"] == "1":
-    torch.__version__ = "9.9"
-from syncbn.__main__ import main
-sys.exit(main())
-"""
-
-
-def test_the_exit_status_under_torchrun(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    done = command(*launcher, "doctor", "--repeats=2", "--steps=2", f"--model={MODULE}:small")
+def test_the_exit_status_under_torchrun(under_torchrun):
+    done = under_torchrun.result()
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert lines[0] == "2 ranks"
