@@ -23,23 +23,55 @@ STEPS = 25  # of planted records
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find processes")
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Starts the command as a user does; every process of it has tmp_path as TMPDIR in its environment."""
-    started = []
-
-    def start(*options: str) -> "subprocess.Popen[str]":
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits SIGINT ignored, not handled
-        command = [sys.executable, "-m", "syncbn", "demo", *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path)}, **pipes))
+def start(directory: Path, *options: str) -> "subprocess.Popen[str]":
+    """The command as a user starts it; every process of it has the directory as TMPDIR in its environment."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits SIGINT ignored, not handled
+    command = [sys.executable, "-m", "syncbn", "demo", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:
+        return subprocess.Popen(command, cwd=directory, env=os.environ | {"TMPDIR": str(directory)}, **pipes)
+    finally:
         signal.signal(signal.SIGINT, handler)
-        return started[-1]
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+
+def end(demo: "subprocess.Popen[str]") -> None:
+    demo.kill()
+    demo.communicate()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_demo(tmp_path_factory):
+    """A short demo that nothing disturbs, started before the other tests of this file."""
+    directory = tmp_path_factory.mktemp("whole")
+    demo = start(directory, "--world-size=2", "--batch-size=3", "--steps=6", "--seed=1", "--out=picture.png")
+    yield directory, demo
+    end(demo)
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    demo = start(tmp_path, "--world-size=2", "--batch-size=2", "--steps=200")
+    yield demo
+    end(demo)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Two demos side by side, of which one was killed, and of the other its launcher."""
+    demos = {}
+    try:
+        for victim in ("demo", "launcher"):
+            directory = tmp_path_factory.mktemp(victim)
+            demos[victim] = directory, start(directory, "--world-size=2", "--batch-size=2", "--steps=3000")
+        for directory, _ in demos.values():
+            assert wait_until(lambda of=directory: list(of.glob("syncbn-demo-*/whole/loss-0.npy")), 60)
+        for victim, (directory, demo) in demos.items():
+            launcher = next(number for number, line in processes(directory).items() if "torch.distributed.run" in line)
+            os.kill(demo.pid if victim == "demo" else launcher, signal.SIGKILL)
+        yield demos, time.monotonic() + 20
+    finally:
+        for _, demo in demos.values():
+            end(demo)
 
 
 def processes(directory: Path) -> dict[int, str]:
@@ -251,13 +283,12 @@ finally: print(sorted({"sklearn", "matplotlib", "syncbn.demo.report", "syncbn.de
 
 
 @needs_proc
-def test_interrupt_ends_every_process(start, tmp_path):
-    demo = start("--world-size=2", "--batch-size=2", "--steps=200")
+def test_interrupt_ends_every_process(interrupted, tmp_path):
     assert wait_until(lambda: list(tmp_path.glob("syncbn-demo-*/local/loss-1.npy")), 60)
     assert len([line for line in processes(tmp_path).values() if "train.py" in line]) >= 3  # the launcher and two more
-    demo.send_signal(signal.SIGINT)
-    _, errors = demo.communicate(timeout=10)  # not the time that training takes
-    assert demo.returncode == 130
+    interrupted.send_signal(signal.SIGINT)
+    _, errors = interrupted.communicate(timeout=10)  # not the time that training takes
+    assert interrupted.returncode == 130
     assert errors.endswith("syncbn demo: interrupted\n")
     assert "Traceback" not in errors
     assert processes(tmp_path) == {}
@@ -266,19 +297,17 @@ def test_interrupt_ends_every_process(start, tmp_path):
 
 @needs_proc
 @pytest.mark.parametrize("victim", ["demo", "launcher"])
-def test_a_killed_demo_or_launcher_leaves_no_process(start, tmp_path, victim):
-    demo = start("--world-size=2", "--batch-size=2", "--steps=3000")
-    assert wait_until(lambda: list(tmp_path.glob("syncbn-demo-*/whole/loss-0.npy")), 60)
-    launcher = next(number for number, line in processes(tmp_path).items() if "torch.distributed.run" in line)
-    os.kill(demo.pid if victim == "demo" else launcher, signal.SIGKILL)
-    _, errors = demo.communicate(timeout=20)
+def test_a_killed_demo_or_launcher_leaves_no_process(killed, victim):
+    demos, limit = killed
+    directory, demo = demos[victim]
+    _, errors = demo.communicate(timeout=max(1.0, limit - time.monotonic()))
     assert demo.returncode == (-9 if victim == "demo" else 1)
     assert ("processes of mode whole ended with exit status -9; expected 0" in errors) == (victim == "launcher")
-    assert wait_until(lambda: not processes(tmp_path), 20), processes(tmp_path)
+    assert wait_until(lambda: not processes(directory), limit + 20 - time.monotonic()), processes(directory)
 
 
-def test_two_processes_pass_the_check_and_show_the_differences(start, tmp_path):
-    demo = start("--world-size=2", "--batch-size=3", "--steps=6", "--seed=1", "--out=picture.png")
+def test_two_processes_pass_the_check_and_show_the_differences(whole_demo):
+    directory, demo = whole_demo
     output, errors = demo.communicate()
     assert demo.returncode == 0, errors
     assert "Warning" not in errors
@@ -291,9 +320,9 @@ def test_two_processes_pass_the_check_and_show_the_differences(start, tmp_path):
     assert all(value < 1e-5 for value in table["(c)", "1-6"])
     assert all(local > 100 * synced for local, synced in zip(table["(b)", "1-6"], table["(c)", "1-6"], strict=True))
     assert "picture: picture.png" in output
-    header = (tmp_path / "picture.png").read_bytes()[:24]
+    header = (directory / "picture.png").read_bytes()[:24]
     assert header[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
     width, height = struct.unpack(">II", header[16:])
     assert 1200 <= width <= 2400
     assert 500 <= height <= 1200
-    assert not list(tmp_path.glob("syncbn-demo-*"))
+    assert not list(directory.glob("syncbn-demo-*"))
