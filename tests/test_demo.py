@@ -20,6 +20,7 @@ from syncbn.__main__ import main
 from syncbn.demo import compare, launch, report, run, train
 
 STEPS = 25  # of planted records
+STARTUP = 100  # seconds in which demos, two of them side by side, begin to train on a loaded machine
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find processes")
 
 
@@ -64,7 +65,7 @@ def killed(tmp_path_factory):
             directory = tmp_path_factory.mktemp(victim)
             demos[victim] = directory, start(directory, "--world-size=2", "--batch-size=2", "--steps=3000")
         for directory, _ in demos.values():
-            assert wait_until(lambda of=directory: list(of.glob("syncbn-demo-*/whole/loss-0.npy")), 60)
+            assert wait_until(lambda of=directory: list(of.glob("syncbn-demo-*/whole/loss-0.npy")), STARTUP)
         for victim, (directory, demo) in demos.items():
             launcher = next(number for number, line in processes(directory).items() if "torch.distributed.run" in line)
             os.kill(demo.pid if victim == "demo" else launcher, signal.SIGKILL)
@@ -282,9 +283,10 @@ finally: print(sorted({"sklearn", "matplotlib", "syncbn.demo.report", "syncbn.de
     assert help.endswith("[]\n")
 
 
+@pytest.mark.timeout(300)
 @needs_proc
 def test_interrupt_ends_every_process(interrupted, tmp_path):
-    assert wait_until(lambda: list(tmp_path.glob("syncbn-demo-*/local/loss-1.npy")), 60)
+    assert wait_until(lambda: list(tmp_path.glob("syncbn-demo-*/local/loss-1.npy")), STARTUP)
     assert len([line for line in processes(tmp_path).values() if "train.py" in line]) >= 3  # the launcher and two more
     interrupted.send_signal(signal.SIGINT)
     _, errors = interrupted.communicate(timeout=10)  # not the time that training takes
@@ -295,6 +297,7 @@ def test_interrupt_ends_every_process(interrupted, tmp_path):
     assert not list(tmp_path.glob("syncbn-demo-*"))
 
 
+@pytest.mark.timeout(300)
 @needs_proc
 @pytest.mark.parametrize("victim", ["demo", "launcher"])
 def test_a_killed_demo_or_launcher_leaves_no_process(killed, victim):
@@ -306,6 +309,7 @@ def test_a_killed_demo_or_launcher_leaves_no_process(killed, victim):
     assert wait_until(lambda: not processes(directory), limit + 20 - time.monotonic()), processes(directory)
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_pass_the_check_and_show_the_differences(whole_demo):
     directory, demo = whole_demo
     output, errors = demo.communicate()
