@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -36,7 +38,7 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "PROCESSES": "2"} | more
 
 
-def start(*command: object, seconds: float = 100, **more: str) -> str:
+def start(*command: object, seconds: float = 200, **more: str) -> str:
     """What a command prints, with more in its environment."""
     line = [str(part) for part in command]
     done = subprocess.run(line, capture_output=True, text=True, timeout=seconds, env=environment(**more), check=False)
@@ -80,6 +82,97 @@ def same_bits(state: dict, other: dict) -> bool:
         and all(torch.equal(momenta[0][key]["momentum_buffer"], momenta[1][key]["momentum_buffer"]) for key in momenta[0])
         and state["progress"][0] == other["progress"][0]
     )
+
+
+def free_port(low: int = 20000, high: int = 30000) -> int:
+    """A port of the range that nothing listens on."""
+    for port in np.random.default_rng().permutation(np.arange(low, high)).tolist():
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+    raise AssertionError("no free port")
+
+
+KILLS = 10 if hypothesis.settings.get_current_profile_name() == "long" else 2
+KILLED = """
+import os, random, signal, sys
+sys.path.insert(0, {launch!r})
+import loop, train
+
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
+open({directory!r} + f"/port-{{attempt}}-{{rank}}", "w").write(os.environ["MASTER_PORT"])
+step, taken = loop.train_step, 0
+drawn = random.Random(attempt)
+last, victim, half = drawn.randint(1, 4), drawn.choice("01"), drawn.random() < 0.5
+
+def train_step(*arguments):
+    global taken
+    taken += 1
+    if attempt < {kills} and rank == victim and taken == last and not half:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss = step(*arguments)
+    if attempt < {kills} and rank == victim and taken == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+
+loop.train_step = train_step
+train.main()
+"""
+STUBS = {
+    "scontrol": """[ "$*" = "show hostnames nodes[1-2]" ] && echo localhost && echo localhost""",
+    "srun": """echo "$@" > "$STUB/srun.txt"; [ "$1" = --kill-on-bad-exit=1 ] && shift; "$@" & first=$!; "$@" && wait $first""",
+}
+
+
+def killed(directory: Path) -> str:
+    (directory / "program.py").write_text(KILLED.format(launch=str(LAUNCH), directory=str(directory), kills=KILLS))
+    restarts = {"PROGRAM": str(directory / "program.py"), "RESTARTS": str(KILLS)}
+    options = [*OPTIONS, "--checkpoint-every=2", "--checkpoint", directory / "run.pt", "--timeout=20"]
+    return start(LAUNCH / "one_node.sh", *options, seconds=380, **restarts)
+
+
+def slurm(directory: Path) -> str:
+    for name, body in STUBS.items():
+        (directory / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (directory / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(30000 + free_port())}
+    job |= {"PATH": f"{directory}:{os.environ['PATH']}", "STUB": str(directory), "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
+    spooled = shutil.copy(LAUNCH / "slurm.sbatch", directory / "slurm_script")  # as sbatch does
+    return start("bash", spooled, *OPTIONS, "--checkpoint", directory / "run.pt", **job, PROCESSES="1")
+
+
+def accelerate(directory: Path) -> str:
+    return start(LAUNCH / "accelerate.sh", *OPTIONS, "--checkpoint", directory / "run.pt")
+
+
+def lightning(directory: Path) -> str:
+    return start(sys.executable, LAUNCH / "lightning_train.py", *OPTIONS, "--checkpoint", directory / "run.ckpt")
+
+
+class Jobs:
+    """Programs that run beside the tests, one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.pool = directory, ThreadPoolExecutor(1)
+        self.running = {job.__name__: self.pool.submit(self.run, job) for job in (killed, slurm, accelerate, lightning)}
+
+    def run(self, job: Callable[[Path], str]) -> str:
+        (self.directory / job.__name__).mkdir()
+        return job(self.directory / job.__name__)
+
+    def ended(self, name: str) -> tuple[Path, str]:
+        """The directory of a job, and what it printed."""
+        return self.directory / name, self.running[name].result()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jobs(tmp_path_factory) -> Iterator[Jobs]:
+    """Started before the other tests of this file, which need one core where these leave one idle."""
+    made = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield made
+    made.pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="module")
@@ -171,52 +264,22 @@ def test_with_more_processes_parts_end_as_a_whole_run_to_rounding(tmp_path, whol
     assert apart(parts, straight) < NEAR
 
 
-KILLS = 10 if hypothesis.settings.get_current_profile_name() == "long" else 2
-KILLED = """
-import os, random, signal, sys
-sys.path.insert(0, {launch!r})
-import loop, train
-
-attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
-open({directory!r} + f"/port-{{attempt}}-{{rank}}", "w").write(os.environ["MASTER_PORT"])
-step, taken = loop.train_step, 0
-drawn = random.Random(attempt)
-last, victim, half = drawn.randint(1, 4), drawn.choice("01"), drawn.random() < 0.5
-
-def train_step(*arguments):
-    global taken
-    taken += 1
-    if attempt < {kills} and rank == victim and taken == last and not half:
-        os.kill(os.getpid(), signal.SIGKILL)
-    loss = step(*arguments)
-    if attempt < {kills} and rank == victim and taken == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss
-
-loop.train_step = train_step
-train.main()
-"""
-
-
 @pytest.mark.campaign
 @pytest.mark.timeout(400)
-def test_one_node_whose_workers_are_killed_many_times_ends_as_a_run_without_interruption(interrupted, tmp_path, whole):
+def test_one_node_whose_workers_are_killed_many_times_ends_as_a_run_without_interruption(interrupted, jobs, whole):
     """Either rank, at a random step, before it or after; ten times in a campaign.
 
     Each attempt has a store of its own: in one for all, it may try to reach those that are dead.
     """
-    program, path = tmp_path / "program.py", tmp_path / "run.pt"
-    program.write_text(KILLED.format(launch=str(LAUNCH), directory=str(tmp_path), kills=KILLS))
-    restarts = {"PROGRAM": str(program), "RESTARTS": str(KILLS)}
-    options = [*OPTIONS, "--checkpoint-every=2", "--checkpoint", path, "--timeout=20"]
-    printed = start(LAUNCH / "one_node.sh", *options, seconds=380, **restarts)
+    directory, printed = jobs.ended("killed")
+    path = directory / "run.pt"
     assert same_bits(read(path), read(interrupted[0] / "straight.pt"))
     assert apart(read(path), whole) < NEAR
     epoch, accuracy = re.fullmatch(r"epoch 1: loss (\d\.\d{4})\naccuracy on held-out images: (\d\.\d{3})\n", printed).groups()
     assert float(epoch) == pytest.approx(whole["progress"][1][0], abs=1e-4)
     assert float(accuracy) > 0.5
-    assert not (tmp_path / "run.pt.part").exists()
-    ports = [[(tmp_path / f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(KILLS)]
+    assert not (directory / "run.pt.part").exists()
+    ports = [[(directory / f"port-{attempt}-{rank}").read_text() for rank in (0, 1)] for attempt in range(KILLS)]
     assert all(len(set(of)) == 1 for of in ports)
     assert len({of[0] for of in ports}) == KILLS
 
@@ -372,17 +435,6 @@ def test_a_folder_without_images(tmp_path, kind):
         data.open(folder, 8)
 
 
-def free_port(low: int = 20000, high: int = 30000) -> int:
-    """A port of the range that nothing listens on."""
-    for port in np.random.default_rng().permutation(np.arange(low, high)).tolist():
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no free port")
-
-
 LISTENING = """
 import os, socket
 for port in (int(os.environ["MASTER_PORT"]), {port}):
@@ -400,39 +452,28 @@ def test_the_rendezvous_listens_on_the_address_given_and_nowhere_else(tmp_path):
     assert start(LAUNCH / "several_nodes.sh", **where).split() == ["0", "111", "0", "111"]
 
 
-STUBS = {
-    "scontrol": """[ "$*" = "show hostnames nodes[1-2]" ] && echo localhost && echo localhost""",
-    "srun": """echo "$@" > "$STUB/srun.txt"; [ "$1" = --kill-on-bad-exit=1 ] && shift; "$@" & first=$!; "$@" && wait $first""",
-}
-
-
-def test_slurm_under_a_stub(tmp_path, whole):
+@pytest.mark.timeout(400)  # with the jobs before it
+def test_slurm_under_a_stub(jobs, whole):
     """Two agents of one process each, as srun would start them on two nodes."""
-    for name, body in STUBS.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(30000 + free_port())}
-    job |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STUB": str(tmp_path), "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
-    spooled = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # as sbatch does
-    start("bash", spooled, *OPTIONS, "--checkpoint", tmp_path / "run.pt", **job, PROCESSES="1")
-    assert (tmp_path / "srun.txt").read_text().startswith(f"--kill-on-bad-exit=1 {LAUNCH}/several_nodes.sh --dtype=float64")
-    assert apart(read(tmp_path / "run.pt"), whole) < NEAR
+    directory, _ = jobs.ended("slurm")
+    assert (directory / "srun.txt").read_text().startswith(f"--kill-on-bad-exit=1 {LAUNCH}/several_nodes.sh --dtype=float64")
+    assert apart(read(directory / "run.pt"), whole) < NEAR
 
 
-def test_accelerate(tmp_path, whole):
+@pytest.mark.timeout(400)  # with the jobs before it
+def test_accelerate(jobs, whole):
     pytest.importorskip("accelerate")
-    path = tmp_path / "run.pt"
-    printed = start(LAUNCH / "accelerate.sh", *OPTIONS, "--checkpoint", path)
-    assert apart(read(path), whole) < NEAR
+    directory, printed = jobs.ended("accelerate")
+    assert apart(read(directory / "run.pt"), whole) < NEAR
     assert re.fullmatch(r"epoch 1: loss \d\.\d{4}\naccuracy on held-out images: \d\.\d{3}\n", printed), "one process, or none"
 
 
-def test_lightning(tmp_path, whole):
+@pytest.mark.timeout(400)  # with the jobs before it
+def test_lightning(jobs, whole):
     pytest.importorskip("lightning")
     pytest.importorskip("syncbn.lightning")
-    path = tmp_path / "run.ckpt"
-    start(sys.executable, LAUNCH / "lightning_train.py", *OPTIONS, "--checkpoint", path)
-    state = torch.load(path, weights_only=False)
+    directory, _ = jobs.ended("lightning")
+    state = torch.load(directory / "run.ckpt", weights_only=False)
     network = {name.removeprefix("network."): value for name, value in state["state_dict"].items()}
     assert apart(whole | {"network": network, "optimizer": state["optimizer_states"][0]}, whole) < NEAR
 
