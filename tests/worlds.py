@@ -101,6 +101,15 @@ class _Processes:
         self.processes[rank].join(GRACE)
         return self.processes[rank].exitcode
 
+    def leave(self) -> None:
+        """Let the processes end by themselves, which frees their semaphores, and stop those that do not."""
+        for pipe in self.pipes:
+            pipe.close()
+        end = time.monotonic() + GRACE
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        self.stop()
+
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
@@ -144,7 +153,7 @@ def run_fresh(
         return processes.run(size, timeout, case.__name__, (case, args), lost)
     finally:
         if processes.pipes:
-            processes.stop()
+            processes.leave()
 
 
 def prepare() -> None:
@@ -158,7 +167,7 @@ def prepare() -> None:
 def stop() -> None:
     """End the warm processes."""
     if _warm is not None and _warm.pipes:
-        _warm.stop()
+        _warm.leave()
 
 
 @contextlib.contextmanager
