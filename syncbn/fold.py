@@ -2,13 +2,19 @@
 
 import copy
 from collections import Counter
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from .convert import revert
+from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncBatchNormReLU, _Synchronized
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncBatchNormReLU),
+)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -17,9 +23,10 @@ def fold(model: nn.Module) -> fx.GraphModule:
     """A copy of `model` for inference, each batch norm right behind a convolution or linear layer being part of that layer.
 
     W' = s·W and b' = s·(b − E[x]) + β with s = γ·(Var[x] + ε)^(−1/2) (Ioffe & Szegedy 2015, section 3.1, algorithm 2), by
-    torch's own fusion. Folded where the layer's output goes to the batch norm alone, and both are of torch's own classes (ours
-    are reverted in the copy), have running statistics, and are not called elsewhere in the graph; all else stays as it is.
-    A linear layer is taken to have (N, C) input, where its features are the channels.
+    torch's own fusion. Folded where the layer's output goes to the batch norm alone, the batch norm has running statistics and
+    no mask, both are of torch's own classes or ours, and neither is called elsewhere in the graph; all else stays as it is, as
+    do the addition and the ReLU of a SyncBatchNormReLU. A linear layer is taken to have (N, C) input, where its features are
+    the channels.
 
     Args:
         model: any model that torch.fx can trace. It is left as it is.
@@ -32,7 +39,7 @@ def fold(model: nn.Module) -> fx.GraphModule:
     """
     twin = revert(copy.deepcopy(model)).eval()
     try:
-        traced = fx.symbolic_trace(twin)
+        traced = fx.GraphModule(twin, _Tracer().trace(twin))
     except Exception as error:
         raise ValueError(
             f"given a {type(model).__name__} that torch.fx cannot trace; expected one without control flow on values: "
@@ -45,14 +52,35 @@ def fold(model: nn.Module) -> fx.GraphModule:
             continue
         if calls[before.target] > 1 or calls[node.target] > 1:
             continue
-        fused = _fused(traced.get_submodule(str(before.target)), traced.get_submodule(str(node.target)))
+        norm = traced.get_submodule(str(node.target))
+        fused = None if _is_masked(node, norm) else _fused(traced.get_submodule(str(before.target)), norm)
         if fused is not None:
             traced.set_submodule(str(before.target), fused)
-            node.replace_all_uses_with(before)
+            node.replace_all_uses_with(_activated(traced.graph, node, before) if type(norm) is SyncBatchNormReLU else before)
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+class _Tracer(fx.Tracer):
+    """Torch's, to which layers made as ours are layers too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _Synchronized) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_masked(node: fx.Node, norm: nn.Module) -> bool:
+    """Whether a layer of ours is given a mask."""
+    return "mask" in node.kwargs or len(node.args) > (2 if type(norm) is SyncBatchNormReLU else 1)
+
+
+def _activated(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
+    """What a SyncBatchNormReLU does with the normalized values."""
+    residual: Any = node.kwargs.get("residual", node.args[1] if len(node.args) > 1 else None)
+    with graph.inserting_before(node):
+        value = before if residual is None else graph.call_function(torch.add, (before, residual))
+        return graph.call_function(torch.relu, (value,))
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import equations
 from ..collectives import GroupLike
-from ..module import _Synchronized
+from ..module import SyncBatchNormReLU, _Synchronized
 from .objective import Loss, Objective, objective
 from .ranks import sum_over_ranks
 
@@ -65,7 +65,7 @@ def batch_norm_smoothness(
         model, loss, batch, process_group: as for `objective`; the model twice differentiable where it is.
 
     Returns:
-        Layers in the order of their calls; those in eval mode, and masked calls, are left out.
+        Layers in the order of their calls; those in eval mode, masked calls, and SyncBatchNormReLU are left out.
 
     Raises:
         ValueError: as `objective`; no batch norm layer normalizes by its batch.
@@ -76,6 +76,7 @@ def batch_norm_smoothness(
             handle
             for name, layer in goal.model.named_modules()
             if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
+            if not isinstance(layer, SyncBatchNormReLU)  # whose output is not that of batch norm
             for handle in _watch(name or type(layer).__name__, layer, calls)
         ]
         try:
