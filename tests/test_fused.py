@@ -303,7 +303,8 @@ def test_what_is_done_with_models_can_be_done_with_these_layers():
 
 def test_a_report_of_smoothness_leaves_these_layers_out():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), SyncBatchNormReLU(4), nn.Linear(4, 2))
-    reports = batch_norm_smoothness(model, F.cross_entropy, (torch.randn(9, 3), torch.arange(9) % 2))
+    batch = torch.randn(9, 3), torch.arange(9) % 2
+    reports = batch_norm_smoothness(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batch)
     assert [report.name for report in reports] == ["1"]
     assert reports[0].gradient_error < 1e-3
 

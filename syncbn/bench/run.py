@@ -32,7 +32,7 @@ def add_command(commands: Subcommands) -> None:
         "ratio that grew; 2 for a usage error, or nothing to check against; 130 if interrupted.",
     )
     kinds = parser.add_subparsers(title="benchmarks", metavar="<benchmark>", required=True)
-    for add in (_layer, _accuracy, _step, _resnet50, _merge, _scaling, _plot):
+    for add in (_layer, _fused, _accuracy, _step, _resnet50, _merge, _scaling, _plot):
         made: argparse.ArgumentParser = add(kinds)
         made.add_argument("--results", type=Path, metavar="DIR", help=RESULTS)
 
@@ -77,19 +77,30 @@ def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
     parser.add_argument("--repeats", type=whole(2), default=default, metavar="N", help="of each variant")
 
 
-def _layer(kinds: Subcommands) -> argparse.ArgumentParser:
-    parser = _parser(kinds, "layer", "forward and backward of one layer on one process, over torch's local batch norm")
+def _cases(parser: argparse.ArgumentParser) -> None:
+    """Options of which shapes, dtypes and threads."""
     parser.add_argument(
         "--threads", type=whole(1), nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N", help="CPU"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the input; default: all, on a GPU the first two")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="beside torch's own; default: all that fit the device")
     parser.add_argument("--shapes", nargs="+", metavar="NxCx...", help="these alone, as rows name them; default: all")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="these alone, as rows name them; default: all")
     parser.add_argument("--quick", action="store_true", help="three shapes")
-    parser.add_argument("--check", action="store_true", help="append nothing; compare with the rows of this hardware and torch")
     _device(parser)
     _repeats(parser, 15)
+
+
+def _layer(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "layer", "forward and backward of one layer on one process, over torch's local batch norm")
+    _cases(parser)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="beside torch's own; default: all that fit the device")
+    parser.add_argument("--check", action="store_true", help="append nothing; compare with the rows of this hardware and torch")
+    return parser
+
+
+def _fused(kinds: Subcommands) -> argparse.ArgumentParser:
+    parser = _parser(kinds, "fused", "batch norm with addition and ReLU as one layer, over separate modules")
+    _cases(parser)
     return parser
 
 

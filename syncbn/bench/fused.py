@@ -1,0 +1,220 @@
+"""`bench fused`: batch norm and ReLU, and batch norm, addition and ReLU, as one layer of ours over separate modules.
+
+Requirements
+    - ours synchronizes with itself, in one module and in several: its whole path but the collective;
+    - all ways of a case run in turn, in one process, on the same values; every one of them passed the equality check;
+    - a way that cannot run here is named with the reason.
+"""
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import kernels
+from ..doctor.finding import table
+from ..module import SyncBatchNormReLU
+from . import agreement, peers, rows
+from .cases import Case, chosen
+from .memory import keep_heap, peak
+from .rows import Row
+from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
+
+FORMS = ("relu", "add relu")
+KEYS = ("way", "form", "dtype", "layout", "threads")
+BASE = "syncbn, separate"
+HALF_SUMS = 0.1  # error of dγ and dβ in half precision: modules that round before the ReLU flip the sign of some values
+NEAR = 10  # a value within so many errors of the dtype of 0 may pass the ReLU or not
+
+
+class Separate(nn.Module):
+    """A batch norm layer, an addition and a ReLU, as models are written."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.relu = norm, nn.ReLU()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.norm(x)
+        activated: Tensor = self.relu(y if residual is None else y + residual)
+        return activated
+
+
+def _fused(layer: Any) -> nn.Module:
+    made = SyncBatchNormReLU(layer.num_features, layer.eps, layer.momentum).to(layer.weight.device)
+    made.load_state_dict(layer.state_dict())
+    made._force_sync = True
+    return made
+
+
+class Way(NamedTuple):
+    """One way to run a form, from torch's layer; by the kernels of a peer."""
+
+    make: Callable[[nn.Module], nn.Module]
+    peer: str
+
+
+WAYS = {
+    BASE: Way(lambda layer: Separate(peers.forced(layer)), "syncbn"),
+    "syncbn, fused": Way(_fused, "syncbn"),
+    "syncbn, fused, ATen": Way(_fused, "syncbn-aten"),
+    "torch, separate": Way(lambda layer: Separate(copy.deepcopy(layer)), "torch"),
+    "torch, inductor": Way(lambda layer: Separate(copy.deepcopy(layer)), "torch-inductor"),
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every case and append the rows; the exit status."""
+    device = torch.device(options.device)
+    available = set(peers.runnable([way.peer for way in WAYS.values()], device))
+    ways = {name: way for name, way in WAYS.items() if way.peer in available}
+    if BASE not in ways:
+        print("syncbn bench: nothing to compare: the kernels that fuse are not there")
+        return 1
+    measured: list[Row] = []
+    heap = "kept" if device.type == "cpu" and keep_heap() else "as it is"
+    before = torch.get_num_threads()
+    try:
+        for case in tqdm(chosen(options), "fused", unit=" cases", disable=None, dynamic_ncols=True):
+            torch.set_num_threads(case.threads)
+            for form in FORMS:
+                measured += [row | {"heap": heap} for row in measure(case, form, ways, options.repeats, device)]
+    finally:
+        torch.set_num_threads(before)
+    print(summary(measured))
+    name = "fused" if device.type == "cpu" else f"fused_{device.type}"
+    print(rows.said(rows.append(name, measured, options.results, options.device)))
+    return 0
+
+
+class Leaves(NamedTuple):
+    """The input of a step: (N, C, *) each."""
+
+    x: Tensor
+    residual: Tensor | None
+    dy: Tensor
+
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+
+def leaves_of(case: Case, form: str, device: torch.device) -> Leaves:
+    x, dy = (tensor.to(device) for tensor in case.tensors())
+    residual = torch.empty_like(dy).copy_(dy.flip(0)).requires_grad_() if form == "add relu" else None
+    return Leaves(x.requires_grad_(), residual, dy)
+
+
+def measure(case: Case, form: str, ways: Mapping[str, Way], repeats: int, device: torch.device) -> list[Row]:
+    """A row for each way.
+
+    Raises:
+        DisagreementError: a way does not compute the form; nothing is reported.
+    """
+    layer, leaves = case.layer().to(device), leaves_of(case, form, device)
+    names = [name for name, way in ways.items() if case.by_compiler or not peers.PEERS[way.peer].compiled]
+    torch._dynamo.reset()
+    made = {name: _made(ways[name], layer) for name in names}
+    for name, module in made.items():
+        with _kernels_of(ways[name], leaves.x):
+            require(f"{name}, {form}, {case.name}, {case.layout}", module, layer, leaves, case.dtype)
+    steps = {name: _step(ways[name], module, leaves) for name, module in made.items()}
+    held = {name: peak(step, device) for name, step in steps.items()}
+    taken = interleaved(steps, repeats * (4 if case.small else 1), device, warm_up=2)
+    return [_row(case, form, name, taken, held, device) for name in names]
+
+
+def _made(way: Way, layer: nn.Module) -> nn.Module:
+    module = way.make(layer)
+    compiled: Any = torch.compile(module, fullgraph=True, dynamic=False) if peers.PEERS[way.peer].compiled else module
+    return compiled
+
+
+@contextlib.contextmanager
+def _kernels_of(way: Way, x: Tensor) -> Iterator[None]:
+    with peers.using(way.peer):
+        wanted = peers.PEERS[way.peer].kernels
+        assert wanted is None or (kernels.pick(x) is kernels.composed()) == (wanted == "aten"), "the kernels are the peer's"
+        yield
+
+
+def _step(way: Way, module: nn.Module, leaves: Leaves) -> Callable[[], None]:
+    """A forward and backward which keeps no gradient of the leaves."""
+
+    def run() -> None:
+        with peers.using(way.peer):
+            module(*leaves.given).backward(leaves.dy)
+        for leaf in leaves.given:
+            leaf.grad = None
+
+    run()
+    return run
+
+
+def require(told: str, module: nn.Module, layer: Any, leaves: Leaves, dtype: torch.dtype) -> None:
+    """Compare y and every gradient of a step with the definition in float64.
+
+    Raises:
+        DisagreementError: one of them is off by more than the dtype allows, but where the ReLU may have gone either way.
+    """
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves.given]
+    x, residual = wide[0], wide[1] if len(wide) > 1 else None
+    weight, bias = (value.detach().double().requires_grad_() for value in (layer.weight, layer.bias))
+    dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+    mean = x.mean(dims, keepdim=True)
+    invstd = ((x - mean).square().mean(dims, keepdim=True) + layer.eps).rsqrt()
+    given = (x - mean) * invstd * weight.view(shape) + bias.view(shape) + (0 if residual is None else residual)
+    expected = given.relu()
+    wanted = [expected, *torch.autograd.grad(expected, [*wide, weight, bias], leaves.dy.double())]
+    y = module(*leaves.given)
+    parameters = dict(module.named_parameters())
+    inner = [next(value for name, value in parameters.items() if name.endswith(end)) for end in ("weight", "bias")]
+    found = [y, *torch.autograd.grad(y, [*leaves.given, *inner], leaves.dy)]
+    allowed = agreement.ALLOWED[dtype]
+    sums = agreement.SUMS if dtype == torch.float32 else HALF_SUMS
+    decided = given.detach().abs() > NEAR * torch.finfo(dtype).eps * given.detach().abs().max()
+    names = ["y", "dx", *([] if residual is None else ["dresidual"]), "dweight", "dbias"]
+    for name, got, want in zip(names, found, wanted, strict=True):
+        error = (got.double() - want).detach().abs()
+        if name in ("dx", "dresidual"):
+            error = torch.where(decided, error, 0)
+        off = (error.max() / want.detach().abs().max()).item()
+        if not off <= (sums if name in ("dweight", "dbias") else allowed):
+            raise agreement.DisagreementError(f"{told} is not batch norm and ReLU: {name} is off by {off:.1e}, relatively")
+
+
+def _row(case: Case, form: str, name: str, taken: dict[str, list[float]], held: dict[str, int], device: torch.device) -> Row:
+    over = ratio(taken[name], taken[BASE])
+    return {
+        "way": name,
+        "form": form,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+        "shape": case.name,
+        "threads": case.threads,
+        "device": device.type,
+        **microseconds(quartiles(taken[name])),
+        "ratio": round(over.median, 3),
+        "ratio_lower_quartile": round(over.lower, 3),
+        "ratio_upper_quartile": round(over.upper, 3),
+        "peak_over_separate": round(held[name] / held[BASE], 3),
+        "repeats": len(taken[name]),
+    }
+
+
+def summary(measured: Sequence[Row]) -> str:
+    """Geometric means over the shapes of how much faster a way is than separate modules of ours, which are 1."""
+    lines: list[Sequence[object]] = [(*KEYS, "faster than separate", "best", "worst", "peak memory")]
+    for key in dict.fromkeys(tuple(row[name] for name in KEYS) for row in measured):
+        of = [row for row in measured if tuple(row[name] for name in KEYS) == key]
+        if key[0] == BASE:
+            continue
+        faster = [1 / row["ratio"] for row in of]
+        held = geometric_mean(row["peak_over_separate"] for row in of)
+        lines.append((*key, *(f"{value:.2f}" for value in (geometric_mean(faster), max(faster), min(faster), held))))
+    return table(lines)

@@ -1,0 +1,69 @@
+"""`bench fused`: what it measures is checked, and what it reports is what was measured."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from syncbn import kernels
+from syncbn.__main__ import main
+from syncbn.bench import fused
+from syncbn.bench.agreement import DisagreementError
+from syncbn.bench.cases import Case
+
+CASE = Case("channels_last", (4, 3, 5, 5), torch.float32, 1)
+needs_library = pytest.mark.skipif(kernels.compiled() is None, reason="needs the compiled kernels")
+CPU = torch.device("cpu")
+
+
+class Wrong(nn.Module):
+    """Batch norm and ReLU, off in one of the results."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.norm, self.what = CASE.layer(), what
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self.what == "dx":
+            x = x.lerp(x.detach(), 0.01)
+        if self.what == "dresidual" and residual is not None:
+            residual = residual.lerp(residual.detach(), 0.01)
+        y = self.norm(x) + (0 if residual is None else residual)
+        if self.what in ("dweight", "dbias"):
+            vector = getattr(self.norm, self.what[1:])
+            y = y + (vector - vector.detach()).view(1, -1, 1, 1)
+        return y.relu() * (1.01 if self.what == "y" else 1)
+
+
+@pytest.mark.parametrize("form", fused.FORMS)
+def test_the_definition_agrees_with_torchs_modules(form):
+    leaves = fused.leaves_of(CASE, form, CPU)
+    fused.require("torch", fused.Separate(CASE.layer()), CASE.layer(), leaves, torch.float32)
+
+
+@pytest.mark.parametrize("what", ["y", "dx", "dresidual", "dweight", "dbias"])
+def test_a_way_that_is_off_is_not_reported(what):
+    leaves = fused.leaves_of(CASE, "add relu", CPU)
+    with pytest.raises(DisagreementError, match=f"{what} is off"):
+        fused.require("wrong", Wrong(what), CASE.layer(), leaves, torch.float32)
+
+
+@needs_library
+def test_a_row_for_each_way_and_form(tmp_path, capsys):
+    options = ["--shapes", "256x64", "--dtypes", "float32", "bfloat16", "--threads", "1", "--repeats", "2"]
+    assert main(["bench", "fused", *options, "--results", str(tmp_path)]) == 0
+    with (tmp_path / "fused.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["form"] for row in rows} == set(fused.FORMS)
+    assert len(rows) == 2 * 2 * 4
+    for row in rows:
+        base = next(r for r in rows if (r["way"], r["form"], r["dtype"]) == (fused.BASE, row["form"], row["dtype"]))
+        ratio = float(row["microseconds_median"]) / float(base["microseconds_median"])
+        assert float(row["ratio"]) == pytest.approx(ratio, rel=0.02)
+        assert row["commit"]
+    out = capsys.readouterr().out
+    assert "syncbn, fused, ATen" in out
+    assert "faster than separate" in out
+    x = [float(row["peak_over_separate"]) for row in rows if row["way"] == "syncbn, fused"]
+    assert max(x) < 1
