@@ -193,6 +193,14 @@ def test_a_mask_leaves_out_residuals_too():
         tolerance.check(name, rows(got), want[0], scale=3 * dy.abs().max().item())
 
 
+def test_a_mask_in_eval_mode():
+    case = Case(1)
+    (x,), _ = batches.make(case)
+    residual, mask = torch.randn_like(x), torch.rand(x.shape[0], 1, *x.shape[2:]) < 0.6
+    y = layer_for(case).eval()(torch.where(mask, x, float("nan")), residual, mask)
+    assert torch.equal(y, torch.where(mask, (separate(case).eval()(x) + residual).relu(), 0))
+
+
 def _wrong(world, what):
     layer = syncbn.convert(nn.Sequential(nn.Identity(), SyncBatchNormReLU(4)), world.group)
     x = torch.randn(3, 4, 5)
