@@ -92,22 +92,28 @@ def test_compiled(fused):
     batches.check(case, [result for (result,) in by_rank])
 
 
-def _collectives(world, case):
+def _collectives(world, case, masked):
     xs, dys = batches.make(case)
     layer = syncbn.convert(layer_for(case), world.group)
     x, residual = xs[world.rank], (batches.residuals(case) or [None] * world.size)[world.rank]
-    x.requires_grad_(residual is None)  # a residual alone that wants its gradient has the backward's collective, too
+    if residual is None:
+        x.requires_grad_()
+    else:  # alone wants its gradient: the other ranks may want more
+        residual.requires_grad_()
+        layer.requires_grad_(False)
+    mask = torch.ones_like(x[:, 0], dtype=torch.bool) if masked else None
     with CollectivesSeen() as forward:
-        y = layer(x, None if residual is None else residual.requires_grad_())
+        y = layer(x, residual, mask)
     with CollectivesSeen() as backward:
         y.backward(dys[world.rank])
     return forward.seen, backward.seen
 
 
 @pytest.mark.parametrize("fused", ["relu", "add relu"])
-def test_one_all_reduce_each_way(fused):
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_all_reduce_each_way(fused, masked):
     case, channels = Case(3, "empty", fused=fused), batches.CHANNELS
-    for forward, backward in worlds.run(3, _collectives, case):
+    for forward, backward in worlds.run(3, _collectives, case, masked):
         assert forward == [("allreduce_", torch.float64, 2 * channels + 1)]
         assert backward == [("allreduce_", torch.float64, 2 * channels)]
 
