@@ -154,7 +154,8 @@ INLINE void sum_rows(Place p, int64_t stride, int tile, int64_t n, int dtype, in
     for (int64_t i = 0; i < n; i++) {
         double a = 0, b = 0;
 #pragma GCC unroll 8
-        for (int row = 0; row < tile; row++) ADD(a, b, row * stride + i, mean[i], on(line(p, i, BEFORE_SLOPE, dtype), value, dtype))
+        for (int row = 0; row < tile; row++)
+            ADD(a, b, row * stride + i, mean[i], pass == SUMS_BY_X ? on(line(p, i, BEFORE_SLOPE, dtype), value, dtype) : 0)
         first[i] += a, second[i] += b;
     }
 }
@@ -168,9 +169,10 @@ INLINE void apply_rows(Place p, int64_t stride, int tile, int64_t n, int dtype, 
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; i++)
 #pragma GCC unroll 8
-        for (int row = 0; row < tile; row++)
-            apply(p, row * stride + i, line(p, i, SLOPE, dtype), line(p, i, BEFORE_SLOPE, dtype), coefficient(p, i, GAIN, dtype),
-                  dtype, pass);
+        for (int row = 0; row < tile; row++) {
+            const Line here = line(p, i, SLOPE, dtype), before = pass == GRADIENT_BY_X ? line(p, i, BEFORE_SLOPE, dtype) : here;
+            apply(p, row * stride + i, here, before, pass >= GRADIENT ? coefficient(p, i, GAIN, dtype) : 0, dtype, pass);
+        }
 }
 INLINE void *by(const void *from, int64_t bytes) { return (void *)((intptr_t)from + bytes); } /* from: may be NULL */
 /* Of n elements of `tile` rows, from element `start` and channel i on; float16 by blocks that are floats for a while. */
