@@ -28,8 +28,8 @@ from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
 FORMS = ("relu", "add relu")
 KEYS = ("way", "form", "dtype", "layout", "threads")
 BASE = "syncbn, separate"
-# Relative errors allowed, of values and of dγ and dβ: a few times those of torch's channels_last kernel, and, in half precision,
-# of modules that round before the ReLU, which flips some signs.
+# Relative errors allowed, of values and of dγ and dβ: a few times those of torch's channels_last kernel and,
+# in half precision, of modules that round before the ReLU, which flips some signs.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SUMS = {torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 
