@@ -109,6 +109,12 @@ def residuals(case: Case, seed: int = 0) -> list[Tensor] | None:
     return [torch.randn(dy.shape, generator=generator).to(case.dtype) for dy in make(case, seed)[1]]
 
 
+def place(x: Tensor, device: str) -> Tensor:
+    """x without its history on a device, in the memory that it has, what lies between its values included."""
+    memory = x.new_empty(0).set_(x.detach().untyped_storage())
+    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 class Result(NamedTuple):
     """What one rank computed."""
 
@@ -119,6 +125,10 @@ class Result(NamedTuple):
     running_mean: Tensor | None
     running_var: Tensor | None
     dresidual: Tensor | None = None
+
+    def cpu(self) -> "Result":
+        """The values on the CPU, without their history."""
+        return Result(*(None if value is None else value.detach().cpu() for value in self))
 
 
 NOTHING = oracle.Expected(*[None] * len(oracle.Expected._fields))

@@ -40,15 +40,17 @@ def data(step, sizes, dtype):
 def train(model, sizes, dtype, rank=None, world=1, forwards=1):
     """`forwards` batches a step, all forwards before the backward; the loss is the sum over samples × W / N."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    device = next(model.parameters()).device
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        total = torch.zeros((), dtype=dtype)
+        total = torch.zeros((), dtype=dtype, device=device)
         for part in range(forwards):
             x, target = data(step * 10 + part, sizes, dtype)
             n = len(x)
             if rank is not None:
                 x, target = x.split(sizes)[rank], target.split(sizes)[rank]
+            x, target = x.to(device), target.to(device)
             total = total + F.cross_entropy(model(x), target, reduction="sum") * world / n
         total.backward()
         optimizer.step()
@@ -58,14 +60,14 @@ def train(model, sizes, dtype, rank=None, world=1, forwards=1):
 
 def _on_a_rank(world, shares, dtype, forwards, when):
     sizes = SIZES[shares][: world.size]
-    model = network(dtype)
+    model = network(dtype).to(world.device)
     if when == "before":
         syncbn.convert(model, world.group)
     ddp = DistributedDataParallel(model, process_group=world.group)
     if when == "after":
         syncbn.convert(ddp, world.group)
     losses = train(ddp, sizes, dtype, world.rank, world.size, forwards)
-    return losses, {k: v.clone() for k, v in model.state_dict().items()}
+    return losses, {k: v.clone().cpu() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -83,11 +85,11 @@ def test_float32_and_conversion_inside_the_wrapper():
     check(3, "empty", torch.float32, 1, "after", 2e-5)
 
 
-def check(world, shares, dtype, forwards, when, tolerance):
-    """float64 leaves rounding alone, 1e-16 grown over four steps; float32 that of 6e-8."""
+def check(world, shares, dtype, forwards, when, tolerance, run=worlds.run):
+    """float64 leaves rounding alone, 1e-16 grown over four steps; float32 that of 6e-8. `run` calls a case on the ranks."""
     expected = network(dtype)
     losses = train(expected, SIZES[shares][:world], dtype, forwards=forwards)
-    results = worlds.run(world, _on_a_rank, shares, dtype, forwards, when)
+    results = run(world, _on_a_rank, shares, dtype, forwards, when)
     assert torch.tensor([r[0] for r in results], dtype=torch.float64).sum(0).tolist() == pytest.approx(losses, rel=tolerance)
     for rank, (_, state) in enumerate(results):
         for name, value in expected.state_dict().items():

@@ -1,6 +1,7 @@
 """Batch norm, what is added to it and the ReLU behind as one layer: every value is that of one process with three modules."""
 
 import copy
+import functools
 
 import batches
 import oracle
@@ -52,35 +53,38 @@ def layer_for(case: Case) -> SyncBatchNormReLU:
     return layer
 
 
-def on_a_rank(rank: int, case: Case, form: str, group=None) -> Result:
+def on_a_rank(rank: int, case: Case, form: str, group=None, device: str = "cpu") -> Result:
     xs, dys = batches.make(case)
     added = batches.residuals(case)
-    layer = syncbn.convert(layer_for(case), group)
-    leaves = [xs[rank].detach().requires_grad_()]
-    if added is not None:
-        leaves.append(added[rank].requires_grad_())
+    layer = syncbn.convert(layer_for(case), group).to(device)
+    leaves = [batches.place(t[rank], device).requires_grad_() for t in (xs, added) if t is not None]
     run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False) if form == "compiled" else layer
     y = run(*leaves)
     leaves += [p for p in (layer.weight, layer.bias) if p is not None]
-    found = torch.autograd.grad(y, leaves, dys[rank], create_graph=form == "create_graph")
+    found = torch.autograd.grad(y, leaves, batches.place(dys[rank], device), create_graph=form == "create_graph")
     grads = dict(zip(map(id, leaves), found, strict=True))
     dx, *dresidual = (grads[id(leaf)].detach() for leaf in leaves[: 1 + (added is not None)])
     if form == "create_graph":  # whose strides are autograd's
         dx = torch.empty_like(leaves[0]).copy_(dx)
     dweight, dbias = (None if p is None else grads[id(p)].detach() for p in (layer.weight, layer.bias))
-    return Result(y.detach(), dx, dweight, dbias, layer.running_mean, layer.running_var, *dresidual)
+    return Result(y, dx, dweight, dbias, layer.running_mean, layer.running_var, *dresidual).cpu()
 
 
 def _on_a_rank(world, chosen):
     torch._dynamo.reset()
-    return [on_a_rank(world.rank, case, form, world.group) for case, form in chosen]
+    return [on_a_rank(world.rank, case, form, world.group, world.device) for case, form in chosen]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_pair_of_variants_equals_the_whole_batch(world):
+    check_pairs(world, functools.partial(worlds.run, timeout=200))
+
+
+def check_pairs(world, run):
+    """`run` calls a case on the ranks of a world."""
     chosen = pairs(world)
     assert len(chosen) >= len(batches.SHARES) * len(batches.SPACES)
-    by_rank = worlds.run(world, _on_a_rank, chosen, timeout=200)
+    by_rank = run(world, _on_a_rank, chosen)
     for (case, _), results in zip(chosen, zip(*by_rank, strict=True), strict=True):
         batches.check(case, list(results))
 

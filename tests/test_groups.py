@@ -25,12 +25,11 @@ from syncbn.collectives import Group
 CASE = Case(4, "unequal")
 
 
-def step(layer, rank) -> Result:
-    xs, dys = batches.make(CASE)
-    x = xs[rank].detach().requires_grad_()
-    y = layer(x)
-    y.backward(dys[rank])
-    return Result(y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var)
+def step(layer, rank, device="cpu") -> Result:
+    x, dy = (batches.place(t[rank], device) for t in batches.make(CASE))
+    y = layer.to(device)(x.requires_grad_())
+    y.backward(dy)
+    return Result(y, x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var).cpu()
 
 
 def check(groups, results):
@@ -41,7 +40,7 @@ def check(groups, results):
 
 
 def _by_size(world, size):
-    return step(syncbn.convert(layer_for(CASE, "module"), group_size=size), world.rank)
+    return step(syncbn.convert(layer_for(CASE, "module"), group_size=size), world.rank, world.device)
 
 
 @pytest.mark.parametrize(("size", "groups"), [(2, [(0, 1), (2, 3)]), (4, [(0, 1, 2, 3)])])

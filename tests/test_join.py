@@ -32,14 +32,15 @@ def samples(loaders, step):
 def train(world, name, accumulate=1, buffers=True, unused=False):
     """As Join has it: each rank over its own loader; the number of samples of all is known to the test."""
     loaders = LOADERS[name][: world.size]
-    ddp = DistributedDataParallel(syncbn.convert(Net() if unused else network(torch.float64)), find_unused_parameters=unused)
+    model = syncbn.convert(Net() if unused else network(torch.float64)).to(world.device)
+    ddp = DistributedDataParallel(model, find_unused_parameters=unused)
     ddp.forward_sync_buffers = buffers
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     joined = SyncBatchNormJoin(ddp)
     losses = []
     with Join([joined, ddp]):
         for step, size in enumerate(loaders[world.rank]):
-            x, target = share(world.rank, step, size)
+            x, target = (t.to(world.device) for t in share(world.rank, step, size))
             last = (step + 1) % accumulate == 0
             ddp.require_backward_grad_sync = last
             loss = F.cross_entropy(ddp(x), target, reduction="sum") * world.size / samples(loaders, step)
@@ -48,7 +49,7 @@ def train(world, name, accumulate=1, buffers=True, unused=False):
             if last:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-    return losses, {k: v.clone() for k, v in ddp.module.state_dict().items()}
+    return losses, {k: v.clone().cpu() for k, v in ddp.module.state_dict().items()}
 
 
 CASES = {
@@ -82,10 +83,14 @@ def _all_cases(world):
 
 @pytest.mark.parametrize(("world", "case"), [(world, case) for world, cases in TRAINED.items() for case in cases])
 def test_training_equals_one_process(world, case):
+    check_training(world, case, [result[case] for result in results(world)])
+
+
+def check_training(world, case, found):
+    """`found` is what `train` returned on each rank."""
     options = CASES[case]
     loaders = LOADERS[options["name"]][:world]
     model, losses = one_process(loaders, options.get("accumulate", 1), Net() if options.get("unused") else None)
-    found = [result[case] for result in results(world)]
     for step, expected in enumerate(losses):
         total = sum(losses[step] for losses, _ in found if step < len(losses))
         assert total == pytest.approx(expected, rel=1e-11), f"step {step}"

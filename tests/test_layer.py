@@ -60,15 +60,16 @@ def layer_for(case: Case, form: str) -> torch.nn.Module:
 
 def on_a_rank(world, case: Case, form: str) -> Result:
     xs, dys = batches.make(case)
-    x, dy = xs[world.rank].detach().requires_grad_(), dys[world.rank]
+    x, dy = (batches.place(t[world.rank], world.device) for t in (xs, dys))
+    x.requires_grad_()
     if form == "function":
-        weight, bias = (None if p is None else p.requires_grad_() for p in batches.parameters(case))
-        mean, var = batches.buffers(case)
+        weight, bias = (None if p is None else p.to(world.device).requires_grad_() for p in batches.parameters(case))
+        mean, var = (buffer.to(world.device) for buffer in batches.buffers(case))
         y = syncbn.sync_batch_norm(
             x, mean, var, weight, bias, True, batches.momentum_of(case), case.eps, world.group, _force_sync=True
         )
     else:
-        layer = syncbn.convert(layer_for(case, form), world.group)
+        layer = syncbn.convert(layer_for(case, form), world.group).to(world.device)
         layer._force_sync = True
         y = layer(x)
         weight, bias, mean, var = layer.weight, layer.bias, layer.running_mean, layer.running_var
@@ -78,7 +79,7 @@ def on_a_rank(world, case: Case, form: str) -> Result:
     assert y.grad_fn is not None
     (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
     y.backward(dy)
-    return Result(y.detach(), dx, *(None if p is None else p.grad for p in (weight, bias)), mean, var)
+    return Result(y, dx, *(None if p is None else p.grad for p in (weight, bias)), mean, var).cpu()
 
 
 def _on_a_rank(world, chosen):
@@ -88,9 +89,14 @@ def _on_a_rank(world, chosen):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_pair_of_variants_equals_the_whole_batch(world):
+    check_pairs(world, worlds.run)
+
+
+def check_pairs(world, run):
+    """`run` calls a case on the ranks of a world."""
     chosen = pairs(world)
     assert len(chosen) >= len(batches.SHARES) * len(batches.SPACES)
-    by_rank = worlds.run(world, _on_a_rank, chosen)
+    by_rank = run(world, _on_a_rank, chosen)
     for (case, _), results in zip(chosen, zip(*by_rank, strict=True), strict=True):
         batches.check(case, list(results))
 

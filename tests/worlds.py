@@ -7,6 +7,8 @@
 
 World sizes below four are sub-groups of the four. The first rank to raise decides the error; a case that does not end in time,
 or leaves a rank behind, ends the processes, and the next case starts new ones. The rendezvous is a file in a new directory.
+
+All communicate by Gloo, or, where `over=NCCL` is given, by that: four other processes, with a GPU each or parts of one.
 """
 
 import atexit
@@ -22,6 +24,8 @@ from collections.abc import Callable, Collection
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
+
+import nccl_ranks
 
 SIZE = 4
 GROUP_TIMEOUT = 30.0  # seconds a collective waits for a peer
@@ -39,6 +43,20 @@ class World(NamedTuple):
     size: int
     group: Any  # ProcessGroup of the ranks of this case
     directory: str  # of the rendezvous, for more of its kind
+    device: str = "cpu"  # where tensors are to be
+
+
+class Transport(NamedTuple):
+    """What processes communicate by, where they compute, and how they are started."""
+
+    backend: str = "gloo"
+    device: str = "cpu"
+    start: str = START.get_start_method()
+
+
+GLOO = Transport()
+# Spawned: CUDA cannot be used in a process forked from one that looked for GPUs, as the server may when it imports.
+NCCL = Transport("nccl", "cuda", "spawn")
 
 
 class CaseError(AssertionError):
@@ -48,15 +66,17 @@ class CaseError(AssertionError):
 class _Processes:
     """Some processes with a default group, waiting for cases."""
 
-    def __init__(self, size: int, group_timeout: float) -> None:
+    def __init__(self, size: int, group_timeout: float, over: Transport = GLOO) -> None:
+        start = multiprocessing.get_context(over.start)
         self.directory = tempfile.TemporaryDirectory(prefix="syncbn-world-")
         store = os.path.join(self.directory.name, "store")
         self.pipes: list[Connection] = []
         self.processes = []
         with _single_threaded():
             for rank in range(size):
-                ours, theirs = START.Pipe()
-                process = START.Process(target=_serve, args=(rank, size, store, theirs, group_timeout), daemon=True)
+                ours, theirs = start.Pipe()
+                arguments = (rank, size, store, theirs, group_timeout, over)
+                process = start.Process(target=_serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 self.pipes.append(ours)
@@ -121,19 +141,18 @@ class _Processes:
         self.pipes = []
 
 
-_warm: _Processes | None = None
+_warm: dict[Transport, _Processes] = {}
 
 
-def run(size: int, case: Callable[..., Any], *args: Any, timeout: float = CASE_TIMEOUT) -> list[Any]:
+def run(size: int, case: Callable[..., Any], *args: Any, timeout: float = CASE_TIMEOUT, over: Transport = GLOO) -> list[Any]:
     """Call case(world, *args) on `size` ranks, 1 to 4, of the warm processes; the results by rank.
 
     Raises:
         CaseError: the first rank that raised, with its traceback, or the ranks that gave no answer in time.
     """
-    global _warm
-    if _warm is None or not _warm.pipes:
-        _warm = _Processes(SIZE, GROUP_TIMEOUT)
-    return _warm.run(size, timeout, case.__name__, (case, args))
+    if over not in _warm or not _warm[over].pipes:
+        _warm[over] = _Processes(SIZE, GROUP_TIMEOUT, over)
+    return _warm[over].run(size, timeout, case.__name__, (case, args))
 
 
 def run_fresh(
@@ -143,12 +162,13 @@ def run_fresh(
     timeout: float = CASE_TIMEOUT,
     group_timeout: float = 10.0,
     lost: Collection[int] = (),
+    over: Transport = GLOO,
 ) -> list[Any]:
     """As `run`, on processes of its own whose default group is the world: for cases that break it.
 
     The ranks in `lost` are not heard: they end, or freeze; the results are those of the others.
     """
-    processes = _Processes(size, group_timeout)
+    processes = _Processes(size, group_timeout, over)
     try:
         return processes.run(size, timeout, case.__name__, (case, args), lost)
     finally:
@@ -166,8 +186,9 @@ def prepare() -> None:
 @atexit.register
 def stop() -> None:
     """End the warm processes."""
-    if _warm is not None and _warm.pipes:
-        _warm.leave()
+    for processes in _warm.values():
+        if processes.pipes:
+            processes.leave()
 
 
 @contextlib.contextmanager
@@ -183,14 +204,16 @@ def _single_threaded() -> Any:
             os.environ["OMP_NUM_THREADS"] = old
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: float) -> None:
+def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: float, over: Transport) -> None:
     """The process of a rank: make the groups, then run cases until the pipe closes."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if over.backend == "nccl":
+        nccl_ranks.prepare(rank, size)
     timeout = datetime.timedelta(seconds=group_timeout)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(over.backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     groups = {size: dist.group.WORLD}
     for ranks in range(1, size):
         groups[ranks] = dist.new_group(list(range(ranks)), timeout=timeout)
@@ -201,6 +224,6 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: fl
         except EOFError:
             return
         try:
-            pipe.send((True, case(World(rank, ranks, groups[ranks], os.path.dirname(store)), *args)))
+            pipe.send((True, case(World(rank, ranks, groups[ranks], os.path.dirname(store), over.device), *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
