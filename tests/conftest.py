@@ -1,6 +1,8 @@
-"""Shared by all tests: one thread, and memory that shows when it is read before it is written."""
+"""Shared by all tests: one thread, memory that shows when it is read before it is written, devices and their kernels."""
 
+import math
 import sys
+from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -29,3 +31,36 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def memory_as_it_comes():
+    """Nothing is written to new memory, and operators of torch sum in the order that they like."""
+    torch.use_deterministic_algorithms(False)
+
+
+class Device(NamedTuple):
+    """Where to compute, and whether by the kernels in Triton."""
+
+    name: str
+    triton_from_bytes: float = math.inf
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = {
+    "cpu": Device("cpu"),
+    "cuda, aten": pytest.param(Device("cuda"), marks=needs_gpu),
+    "cuda, triton": pytest.param(Device("cuda", 0), marks=needs_gpu),
+}
+
+
+@pytest.fixture(params=DEVICES.values(), ids=DEVICES)
+def device(request, monkeypatch):
+    """The name of a device, for a test that runs on each, by each choice of kernels for it."""
+    from syncbn import kernels
+
+    name, triton_from_bytes = request.param
+    monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
+    picked = kernels.pick(torch.zeros(2, 3, device=name))
+    assert (picked is kernels.in_triton()) == (triton_from_bytes == 0), "the kernels asked for"
+    return name

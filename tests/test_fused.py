@@ -6,6 +6,7 @@ import functools
 import batches
 import oracle
 import pytest
+import test_layer
 import tolerance
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,13 @@ def layer_for(case: Case) -> SyncBatchNormReLU:
     mean, var = batches.buffers(case)
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(var)
+    layer._force_sync = True
+    return layer
+
+
+def plain_or_fused(case: Case) -> nn.Module:
+    """The layer of a case, which synchronizes alone too."""
+    layer = test_layer.layer_for(case, "module") if case.fused == "none" else layer_for(case)
     layer._force_sync = True
     return layer
 

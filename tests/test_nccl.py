@@ -1,9 +1,9 @@
 """The tests of several processes over NCCL, a rank on each GPU, or up to four on one.
 
-The cases are those that test_layer.py, test_fused.py, test_groups.py, test_ddp.py and test_join.py have over Gloo, by which this
-program runs where there is no GPU. All that needs a GPU, on a machine that has one:
+The cases are those that test_layer.py, test_fused.py, test_groups.py, test_ddp.py and test_join.py have over Gloo, by which
+this program runs where there is no GPU. All that needs a GPU, on a machine that has one:
 
-    python -m pytest tests/test_*cuda*.py tests/test_devices.py tests/test_nccl.py tests/test_accelerate.py
+    python -m pytest tests/test_*cuda*.py tests/test_devices*.py tests/test_nccl.py tests/test_accelerate.py
 
 The first run takes minutes: it compiles the kernels in Triton for every dtype, layout and choice of parameters.
 """
@@ -123,10 +123,7 @@ def _joined(world, case):
 
 def _kernels_of_a_step(world, case):
     """What a forward and backward launch, each with its all_reduce, and whether they wait."""
-    layer = syncbn.convert(
-        test_fused.layer_for(case) if case.fused != "none" else test_layer.layer_for(case, "module"), world.group
-    )
-    layer.to(world.device)
+    layer = syncbn.convert(test_fused.plain_or_fused(case), world.group).to(world.device)
     xs, dys = batches.make(case)
     x, dy = (batches.place(t[world.rank], world.device) for t in (xs, dys))
     leaves = [x.requires_grad_(), layer.weight, layer.bias]

@@ -8,7 +8,7 @@
 World sizes below four are sub-groups of the four. The first rank to raise decides the error; a case that does not end in time,
 or leaves a rank behind, ends the processes, and the next case starts new ones. The rendezvous is a file in a new directory.
 
-All communicate by Gloo, or, where `over=NCCL` is given, by that: four other processes, with a GPU each or parts of one.
+All communicate by Gloo, or, where `over=NCCL` is given, by that: four other processes, with a GPU each or a share of one.
 """
 
 import atexit
@@ -57,6 +57,7 @@ class Transport(NamedTuple):
 GLOO = Transport()
 # Spawned: CUDA cannot be used in a process forked from one that looked for GPUs, as the server may when it imports.
 NCCL = Transport("nccl", "cuda", "spawn")
+GLOO_ON_GPU = Transport("gloo", "cuda", "spawn")
 
 
 class CaseError(AssertionError):
@@ -210,7 +211,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: fl
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if over.backend == "nccl":
+    if over.device == "cuda":
         nccl_ranks.prepare(rank, size)
     timeout = datetime.timedelta(seconds=group_timeout)
     dist.init_process_group(over.backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
