@@ -67,3 +67,9 @@ def test_a_row_for_each_way_and_form(tmp_path, capsys):
     assert "faster than separate" in out
     x = [float(row["peak_over_separate"]) for row in rows if row["way"] == "syncbn, fused"]
     assert max(x) < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    assert main(["bench", "fused", "--device", "cuda", "--quick", "--repeats", "2", "--results", str(tmp_path)]) == 0
+    assert "syncbn, fused" in (tmp_path / "fused_cuda.csv").read_text()
