@@ -150,11 +150,14 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         raise ValueError(f"{error} ({where(site.layer)})") from None
     recomputing = in_backward()
     alone = group is None or group.size() == 1
+    problem = residual_problem(x, affine.residual)  # torch's operators would broadcast it
+    if problem is not None:
+        raise type(problem)(f"{problem} ({where(site.layer)})")
     if alone and mask is None and not site.force_sync and not collectives.observers() and not _has_kernels(x, affine):
         return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None
-    problem = problem_of(x, affine, running, site.channels) or residual_problem(x, affine.residual) or mask_problem(x, mask)
+    problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group)

@@ -219,6 +219,17 @@ def test_a_mask_in_eval_mode():
     assert torch.equal(y, torch.where(mask, (separate(case).eval()(x) + residual).relu(), 0))
 
 
+@pytest.mark.parametrize("by_aten", [False, True])
+def test_a_residual_that_torch_would_broadcast_is_an_error_alone_too(by_aten, monkeypatch):
+    if by_aten:
+        monkeypatch.setattr(kernels, "compiled", lambda: None)
+    expected = r"a residual of shape \(3, 4, 1\); expected one shape \(layer .SyncBatchNormReLU\(4\)"
+    with pytest.raises(ValueError, match=expected):
+        ValueError, match=r"a residual of shape \(3, 4, 1\); expected one shape \(layer 'SyncBatchNormReLU\(4\)'"
+    ):
+        SyncBatchNormReLU(4)(torch.randn(3, 4, 5), torch.randn(3, 4, 1))
+
+
 def _wrong(world, what):
     layer = syncbn.convert(nn.Sequential(nn.Identity(), SyncBatchNormReLU(4)), world.group)
     x = torch.randn(3, 4, 5)
