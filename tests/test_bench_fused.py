@@ -39,7 +39,9 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize("form", fused.FORMS)
 def test_the_definition_agrees_with_torchs_modules(form):
     leaves = fused.leaves_of(CASE, form, CPU)
-    fused.require("torch", fused.Separate(CASE.layer()), CASE.layer(), leaves, torch.float32)
+    errors = fused.require("torch", fused.Separate(CASE.layer()), CASE.layer(), leaves, torch.float32)
+    assert list(errors) == ["y", "dx", *["dresidual"] * (form == "add relu"), "dweight", "dbias"]
+    assert max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize("what", ["y", "dx", "dresidual", "dweight", "dbias"])
@@ -56,7 +58,7 @@ def test_a_row_for_each_way_and_form(tmp_path, capsys):
     with (tmp_path / "fused.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["form"] for row in rows} == set(fused.FORMS)
-    assert len(rows) == 2 * 2 * 4
+    assert len(rows) == 2 * 2 * 5
     for row in rows:
         base = next(r for r in rows if (r["way"], r["form"], r["dtype"]) == (fused.BASE, row["form"], row["dtype"]))
         ratio = float(row["microseconds_median"]) / float(base["microseconds_median"])

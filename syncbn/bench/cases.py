@@ -40,6 +40,11 @@ class Case(NamedTuple):
     def name(self) -> str:
         return "x".join(map(str, self.shape))
 
+    def columns(self, device: torch.device) -> dict[str, object]:
+        """Those of a row."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "layout": self.layout, "shape": self.name, "threads": self.threads, "device": device.type}
+
     @property
     def by_compiler(self) -> bool:
         """Whether the variants under torch.compile are run on it."""

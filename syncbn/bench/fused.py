@@ -23,7 +23,7 @@ from . import agreement, peers, rows
 from .cases import Case, chosen
 from .memory import keep_heap, peak
 from .rows import Row
-from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
+from .timing import columns, geometric_mean, interleaved
 
 FORMS = ("relu", "add relu")
 KEYS = ("way", "form", "dtype", "layout", "threads")
@@ -37,13 +37,15 @@ SUMS = {torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 class Separate(nn.Module):
     """A batch norm layer, an addition and a ReLU, as models are written."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, in_place: bool = False) -> None:
         super().__init__()
-        self.norm, self.relu = norm, nn.ReLU()
+        self.norm, self.relu, self.in_place = norm, nn.ReLU(in_place), in_place
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = self.norm(x)
-        activated: Tensor = self.relu(y if residual is None else y + residual)
+        if residual is not None:
+            y = y.add_(residual) if self.in_place else y + residual
+        activated: Tensor = self.relu(y)
         return activated
 
 
@@ -63,6 +65,7 @@ class Way(NamedTuple):
 
 WAYS = {
     BASE: Way(lambda layer: Separate(peers.forced(layer)), "syncbn"),
+    "syncbn, in place": Way(lambda layer: Separate(peers.forced(layer), True), "syncbn"),
     "syncbn, fused": Way(_fused, "syncbn"),
     "syncbn, fused, ATen": Way(_fused, "syncbn-aten"),
     "torch, separate": Way(lambda layer: Separate(copy.deepcopy(layer)), "torch"),
@@ -158,8 +161,8 @@ def _step(way: Way, module: nn.Module, leaves: Leaves) -> Callable[[], None]:
     return run
 
 
-def require(told: str, module: nn.Module, layer: Any, leaves: Leaves, dtype: torch.dtype) -> None:
-    """Compare y and every gradient of a step with the definition in float64.
+def require(told: str, module: nn.Module, layer: Any, leaves: Leaves, dtype: torch.dtype) -> dict[str, float]:
+    """The relative errors of y and every gradient of a step beside the definition in float64.
 
     Raises:
         DisagreementError: one of them is off by more than the dtype allows, but where the ReLU may have gone either way.
@@ -180,29 +183,23 @@ def require(told: str, module: nn.Module, layer: Any, leaves: Leaves, dtype: tor
     allowed, sums = ALLOWED[dtype], SUMS[dtype]
     decided = given.detach().abs() > allowed * given.detach().abs().max()  # else the ReLU may go either way
     names = ["y", "dx", *([] if residual is None else ["dresidual"]), "dweight", "dbias"]
+    errors = {}
     for name, got, want in zip(names, found, wanted, strict=True):
         error = (got.double() - want).detach().abs()
         if name in ("dx", "dresidual"):
             error = torch.where(decided, error, 0)
-        off = (error.max() / want.detach().abs().max()).item()
+        errors[name] = off = (error.max() / want.detach().abs().max()).item()
         if not off <= (sums if name in ("dweight", "dbias") else allowed):
             raise agreement.DisagreementError(f"{told} is not batch norm and ReLU: {name} is off by {off:.1e}, relatively")
+    return errors
 
 
 def _row(case: Case, form: str, name: str, taken: dict[str, list[float]], held: dict[str, int], device: torch.device) -> Row:
-    over = ratio(taken[name], taken[BASE])
     return {
         "way": name,
         "form": form,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "layout": case.layout,
-        "shape": case.name,
-        "threads": case.threads,
-        "device": device.type,
-        **microseconds(quartiles(taken[name])),
-        "ratio": round(over.median, 3),
-        "ratio_lower_quartile": round(over.lower, 3),
-        "ratio_upper_quartile": round(over.upper, 3),
+        **case.columns(device),
+        **columns(taken[name], taken[BASE]),
         "peak_over_separate": round(held[name] / held[BASE], 3),
         "repeats": len(taken[name]),
     }

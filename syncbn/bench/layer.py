@@ -24,7 +24,7 @@ from .cases import Case, chosen
 from .memory import keep_heap, peak
 from .peers import PEERS, TORCH, outputs_of, runnable
 from .rows import Row
-from .timing import geometric_mean, interleaved, microseconds, quartiles, ratio
+from .timing import columns, geometric_mean, interleaved
 
 KEYS = ("variant", "dtype", "layout", "threads")
 
@@ -75,18 +75,10 @@ def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.dev
 
 
 def _row(case: Case, name: str, taken: dict[str, list[float]], bytes_held: dict[str, int], device: torch.device) -> Row:
-    over = ratio(taken[name], taken[TORCH])
     return {
         "variant": name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "layout": case.layout,
-        "shape": case.name,
-        "threads": case.threads,
-        "device": device.type,
-        **microseconds(quartiles(taken[name])),
-        "ratio": round(over.median, 3),
-        "ratio_lower_quartile": round(over.lower, 3),
-        "ratio_upper_quartile": round(over.upper, 3),
+        **case.columns(device),
+        **columns(taken[name], taken[TORCH]),
         "peak_bytes": bytes_held[name],
         "peak_over_torch": round(bytes_held[name] / bytes_held[TORCH], 3),
         "repeats": len(taken[name]),

@@ -62,3 +62,13 @@ def microseconds(times: Quartiles, digits: int = 1) -> dict[str, float]:
         "microseconds_lower_quartile": round(1e6 * times.lower, digits),
         "microseconds_upper_quartile": round(1e6 * times.upper, digits),
     }
+
+
+def columns(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Those of a row: microseconds, and the ratio over a base."""
+    over = ratio(times, base)
+    return microseconds(quartiles(times)) | {
+        "ratio": round(over.median, 3),
+        "ratio_lower_quartile": round(over.lower, 3),
+        "ratio_upper_quartile": round(over.upper, 3),
+    }
