@@ -13,6 +13,7 @@ import torch
 from batches import Case
 from host_sync import NoHostSync
 from test_fused import plain_or_fused
+from test_kernels import check_bits_of_the_relu
 from torch import nn
 
 import syncbn
@@ -58,24 +59,8 @@ def test_values_of_the_fused_forms(device, fused, space, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
 def test_the_relu_of_backward_is_that_of_forward_to_the_bit(device, dtype, layout, fused):
-    """dβ of dy = 1 counts the values that passed, of which in each channel many are 0 but for the last bits of two terms."""
-    steps = torch.randint(-3, 4, (6, 32, 40, 53), generator=torch.Generator().manual_seed(0))
-    x = batches.place(batches.lay_out((1 + steps.double() * torch.finfo(dtype).eps).to(dtype), layout), device)
-    mean, var, weight = (
-        x.double().mean([0, 2, 3]),
-        x.double().var([0, 2, 3], correction=0),
-        torch.full((32,), 0.1, device=device),
-    )
-    bias = (mean - x[0, :, 0, 0]) * (var + 1e-5).rsqrt() * weight.double()
-    residual, ones = torch.zeros_like(x) if fused == "add relu" else None, torch.ones_like(x)
-    compute = kernels.pick(x)
-    y, saved = compute.normalize(x, compute.moments(x), Affine(weight, bias, 1e-5, True, residual), None)
-    sums = compute.gradient_sums(ones, x, saved)
-    passed = (y > 0).double().sum([0, 2, 3])
-    assert 0 < passed.sum() < x.numel()
-    assert torch.equal(sums.message[:32], passed)
-    dx = compute.input_gradient(ones if sums.dy is None else sums.dy, x, saved, torch.zeros(64, device=device).double())
-    assert torch.equal(dx != 0, y > 0)
+    kernels_of_device = kernels.pick(batches.lay_out(torch.zeros(2, 3, 4, 5, dtype=dtype, device=device), layout))
+    check_bits_of_the_relu(kernels_of_device, (6, 32, 40, 53), dtype, layout, fused, device)
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -149,21 +149,24 @@ def test_with_a_relu_behind_it(kernels, dtype, fused):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
 def test_the_relu_of_backward_is_that_of_forward_to_the_bit(kernels, dtype, layout, fused):
+    check_bits_of_the_relu(kernels, (6, 32, 40, 13), dtype, layout, fused)
+
+
+def check_bits_of_the_relu(kernels, shape, dtype, layout, fused, device="cpu"):
     """dβ of dy = 1 counts the values that passed, of which in each channel many are 0 but for the last bits of two terms."""
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(-3, 4, (6, 32, 40, 13), generator=generator)
-    x = batches.lay_out((1 + steps.double() * torch.finfo(dtype).eps).to(dtype), layout)
-    message, weight = kernels.moments(x), torch.full((32,), 0.1)
+    steps, channels = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)), shape[1]
+    x = batches.place(batches.lay_out((1 + steps.double() * torch.finfo(dtype).eps).to(dtype), layout), device)
+    weight = torch.full((channels,), 0.1, device=device)
     mean, var = x.double().mean([0, 2, 3]), x.double().var([0, 2, 3], correction=0)
     bias = (mean - x[0, :, 0, 0]) * (var + 1e-5).rsqrt() * weight.double()
-    residual = torch.zeros_like(x) if fused == "add relu" else None
-    y, saved = kernels.normalize(x, message, Affine(weight, bias, 1e-5, True, residual), None)
-    ones = torch.ones_like(x)
+    residual, ones = torch.zeros_like(x) if fused == "add relu" else None, torch.ones_like(x)
+    y, saved = kernels.normalize(x, kernels.moments(x), Affine(weight, bias, 1e-5, True, residual), None)
     sums = kernels.gradient_sums(ones, x, saved)
     passed = (y > 0).double().sum([0, 2, 3])
     assert 0 < passed.sum() < x.numel()
-    assert torch.equal(sums.message[:32], passed)
-    dx = kernels.input_gradient(ones if sums.dy is None else sums.dy, x, saved, torch.zeros(64).double())
+    assert torch.equal(sums.message[:channels], passed)
+    zeros = torch.zeros(2 * channels, dtype=torch.float64, device=device)
+    dx = kernels.input_gradient(ones if sums.dy is None else sums.dy, x, saved, zeros)
     assert torch.equal(dx != 0, y > 0)
 
 

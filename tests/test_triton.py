@@ -15,7 +15,7 @@ import tolerance
 import torch
 from allpairspy import AllPairs
 from batches import Case
-from test_kernels import _moved, over_shares
+from test_kernels import _moved, check_bits_of_the_relu, over_shares
 
 from syncbn.kernels import TRITON_FROM_BYTES, Affine, Running, aten, in_triton
 
@@ -154,23 +154,7 @@ def test_a_value_that_is_not_finite_stays_in_its_channel(value, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_relu_of_backward_is_that_of_forward_to_the_bit(dtype, layout, fused, monkeypatch, poisoned):
-    """dβ of dy = 1 counts the values that passed, of which in each channel many are 0 but for the last bits of two terms."""
-    kernels = small(monkeypatch, tile=64)
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(-3, 4, (4, 16, 5, 3), generator=generator)
-    x = batches.lay_out((1 + steps.double() * torch.finfo(dtype).eps).to(dtype), layout)
-    message, weight = kernels.moments(x), torch.full((16,), 0.1)
-    mean, var = x.double().mean([0, 2, 3]), x.double().var([0, 2, 3], correction=0)
-    bias = (mean - x[0, :, 0, 0]) * (var + 1e-5).rsqrt() * weight.double()
-    residual = torch.zeros_like(x) if fused == "add relu" else None
-    ones = torch.ones_like(x)
-    y, saved = kernels.normalize(x, message, Affine(weight, bias, 1e-5, True, residual), None)
-    sums = kernels.gradient_sums(ones, x, saved)
-    passed = (y > 0).double().sum([0, 2, 3])
-    assert 0 < passed.sum() < x.numel()
-    assert torch.equal(sums.message[:16], passed)
-    dx = kernels.input_gradient(ones if sums.dy is None else sums.dy, x, saved, torch.zeros(32).double())
-    assert torch.equal(dx != 0, y > 0)
+    check_bits_of_the_relu(small(monkeypatch, tile=64), (4, 16, 5, 3), dtype, layout, fused)
 
 
 @interpreted
