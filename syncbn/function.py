@@ -47,8 +47,9 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        saved, call = Saved(*rest)._replace(relu=ctx.relu), ctx.call._replace(phase="backward")
+        x, mean, invstd, count, weight, bias, y = ctx.saved_tensors
+        saved = Saved(mean, invstd, count, weight, bias, y, ctx.relu)
+        call = Call(ctx.call.layer, "backward", *ctx.call[2:])
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # create_graph=True

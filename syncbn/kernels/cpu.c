@@ -5,9 +5,11 @@
      - x and dy are read once in each of the four functions, the result is written once, nothing of their size is allocated;
      - the ReLU of backward lets pass what that of forward did, to the bit: both come from one expression;
      - one library for every x86-64 processor, on the OpenMP runtime that it is given: it links none;
-     - NaN and infinity stay in their channel; sizes may be 0; indices are 64 bits wide.
+     - NaN and infinity stay in their channel; sizes may be 0; indices are 64 bits type.
 
-   Legend: x, dy, y and dx are (N, C, S) in memory: NC* contiguous, or channels_last and (N, C) with S = 1 and rows as N. */
+   Legend: x, dy, y and dx are (N, C, S) in memory: NC* contiguous, or channels_last and (N, C) with S = 1 and rows as N.
+   A row is a plane of one channel, or if S = 1 one value of every channel; `type` is a dtype as loops read it: float16 are
+   floats by then. */
 
 #include <math.h>
 #include <stdint.h>
@@ -15,23 +17,23 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define TILE 4     /* rows read together, so that what is kept of the channels is read and written once for them */
-#define CHUNK 128  /* rows summed before they are added to the sums, whose rounding errors grow with the number of terms */
-#define BLOCK 256  /* float16 values of a row, no more, converted at once */
-#define AHEAD 4096 /* bytes, at least, that rows are prefetched ahead */
-#define BACK 16    /* elements, 2^16, of the rows that the way back takes at once */
-#define GRAIN 14   /* a thread has 2^14 values or more */
+#define BLOCK 512   /* values of float16, of four rows of channels no more, that are floats for a while */
+#define PAGE 4096   /* bytes. Rows of channels are taken by four, by two if four are longer than a page and one is not: ... */
+#define FAR 65536   /* ... reading in turns within a page is slow. Bytes to prefetch ahead: a page, of longer rows these */
+#define CHUNK 128   /* rows of channels summed before they are added to the sums: rounding errors grow with the terms */
+#define BACK 16     /* 2^16 values of rows of channels are taken at once on the way back */
+#define GRAIN 14    /* a thread has 2^14 values or more */
+#define STREAMED 22 /* results of 2^22 bytes or more are written past the caches, which would read them first */
 
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 }; /* as in cpu.py */
-#define WIDE(dtype) ((dtype) == FLOAT64 ? FLOAT64 : FLOAT32) /* the dtype that is computed in */
+#define WIDE(dtype) ((dtype) == FLOAT64 ? FLOAT64 : FLOAT32)
 #define SIZE(dtype) ((dtype) == FLOAT64 ? 8 : (dtype) == FLOAT32 ? 4 : 2)
-#define LEAST(dtype) ((dtype) == FLOAT16 ? 0x1p-25f : (dtype) == BFLOAT16 ? 0x1p-134f : 0)
+#define LEAST(dtype) ((dtype) == FLOAT16 ? 0x1p-25f : (dtype) == BFLOAT16 ? 0x1p-134f : 0) /* the largest that is stored as 0 */
 typedef struct { void *data; int64_t dtype; } Vector; /* (C,); data NULL: none */
 /* What cpu.py packs; 0 where a function has no use for it. */
 typedef struct {
-    int64_t n, c, s, dtype, threads;
-    int64_t relu;                  /* behind the layer */
-    const void *x, *dy, *with;     /* with: what is added before the ReLU; y in gradient_sums, if something was */
+    int64_t n, c, s, dtype, threads, relu; /* relu: there is one behind the layer */
+    const void *in[3];             /* x; dy, or what is added before the ReLU; y, for gradient_sums if something was added */
     void *out;                     /* y, dx; what a ReLU leaves of dy in gradient_sums, if something was added */
     double *message;               /* (2C+1,) or (2C,) */
     double *mean, *invstd, *count; /* saved: (C,), (C,), () */
@@ -44,11 +46,13 @@ typedef struct {
 /* What a pass over the elements does; those from SUMS on are of backward. */
 enum { MOMENTS, NORMALIZE, RELU, ADD_RELU, SUMS, SUMS_BY_X, SUMS_BY_Y, GRADIENT, GRADIENT_BY_X };
 #define IS_SUM(pass) ((pass) == MOMENTS || ((pass) >= SUMS && (pass) <= SUMS_BY_Y))
+#define INPUTS(pass) ((pass) < ADD_RELU ? 1 : (pass) == SUMS_BY_Y ? 3 : 2)
+#define BY_X(pass) ((pass) == SUMS_BY_X || (pass) == GRADIENT_BY_X)
 typedef struct {
     const Call *call;
-    int pass;
-    const void *coefficients; /* (6, C) as enumerated, of the dtype that is computed in; NULL: a sum that needs none */
-    double *sums;             /* of a sum, else NULL: (2, C); by rows (parts, 2, 2, C), sums and those of a chunk */
+    int pass, streamed;       /* whether the result is written past the caches */
+    const void *coefficients; /* (6, C) as enumerated, type; NULL: a sum that needs none */
+    double *sums;             /* of a sum, else NULL: (2, C); of rows of channels (parts, 2, 2, C), sums and those of a chunk */
     int64_t parts;            /* of channels, or of rows if S = 1 */
 } Work;
 
@@ -61,6 +65,8 @@ INLINE uint16_t to_bfloat(float value) {
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define HAS __builtin_cpu_supports
+#define STREAM(to, from) _mm_stream_ps(to, _mm_loadu_ps(from))
+#define STREAM_END _mm_sfence
 #define HALVES __attribute__((target("avx,f16c"), noipa)) static void /* else gcc 12 does not vectorise the loops after them */
 /* float16 by the processor's own conversion */
 HALVES from_halves(float *to, const uint16_t *from, int64_t n) {
@@ -73,18 +79,19 @@ HALVES to_halves(uint16_t *to, const float *from, int64_t n) {
 }
 #else
 #define HAS(feature) 0
+#define STREAM(to, from) memcpy(to, from, 16)
+#define STREAM_END()
 #define from_halves(to, from, n) abort() /* cpu.py asks first */
 #define to_halves(to, from, n) abort()
 #endif
 int syncbn_has_float16(void) { return !!HAS("f16c"); }
-/* Elements that are no float16; those of vectors may be. */
-INLINE double load(const void *from, int64_t i, int64_t dtype) {
-    if (dtype == BFLOAT16) return (Float){.bits = (uint32_t)((const uint16_t *)from)[i] << 16}.value;
-    return dtype == FLOAT32 ? ((const float *)from)[i] : ((const double *)from)[i];
+INLINE double load(const void *from, int64_t i, int64_t type) {
+    if (type == BFLOAT16) return (Float){.bits = (uint32_t)((const uint16_t *)from)[i] << 16}.value;
+    return type == FLOAT32 ? ((const float *)from)[i] : ((const double *)from)[i];
 }
-INLINE void store(void *to, int64_t i, int64_t dtype, double value) {
-    if (dtype == BFLOAT16) ((uint16_t *)to)[i] = to_bfloat((float)value);
-    else if (dtype == FLOAT32) ((float *)to)[i] = (float)value;
+INLINE void store(void *to, int64_t i, int64_t type, double value) {
+    if (type == BFLOAT16) ((uint16_t *)to)[i] = to_bfloat((float)value);
+    else if (type == FLOAT32) ((float *)to)[i] = (float)value;
     else ((double *)to)[i] = value;
 }
 static double get(Vector from, int64_t i, double otherwise) {
@@ -96,155 +103,173 @@ static double get(Vector from, int64_t i, double otherwise) {
 }
 static void set(Vector to, int64_t i, double value) {
     const float rounded = (float)value;
-    if (to.dtype == FLOAT16) to_halves((uint16_t *)to.data + i, &rounded, 1);
-    else store(to.data, i, to.dtype, value);
+    if (to.dtype != FLOAT16) store(to.data, i, to.dtype, value);
+    else to_halves((uint16_t *)to.data + i, &rounded, 1);
 }
 
 /* ---- loops ---- */
 typedef struct { /* where one begins */
-    const void *x, *dy, *with, *coefficients;
+    const void *in[3], *coefficients;
     void *out;
-    const double *mean;
     double *sums;
-    int64_t c;
-    float least; /* the largest value that is stored as 0 */
+    int64_t c, stride; /* of the coefficients and sums; of the rows */
+    float least;
 } Place;
-/* A channel's (x − mean)·slope + addend, what floats cannot hold of the mean being in the addend; BEFORE: what a ReLU is given. */
+/* A channel's (x − mean)·slope + addend, what floats cannot hold of the mean being in the addend; BEFORE: a ReLU's input. */
 enum { MEAN, SLOPE, ADDEND, BEFORE_SLOPE, BEFORE_ADDEND, GAIN };
 typedef struct { double mean, slope, addend; } Line;
-INLINE double coefficient(Place p, int64_t i, int which, int dtype) { return load(p.coefficients, which * p.c + i, WIDE(dtype)); }
-INLINE Line line(Place p, int64_t i, int slope, int dtype) {
-    return (Line){coefficient(p, i, MEAN, dtype), coefficient(p, i, slope, dtype), coefficient(p, i, slope + 1, dtype)};
+typedef struct { Line line, before; double gain; } Channel;
+INLINE double coefficient(Place p, int64_t i, int which, int type) { return load(p.coefficients, which * p.c + i, WIDE(type)); }
+INLINE Line line(Place p, int64_t i, int slope, int type) {
+    return (Line){coefficient(p, i, MEAN, type), coefficient(p, i, slope, type), coefficient(p, i, slope + 1, type)};
 }
-INLINE double on(Line l, double x, int dtype) {
-    if (dtype == FLOAT64) return (x - l.mean) * l.slope + l.addend;
+INLINE Channel channel(Place p, int64_t i, int type, int pass) {
+    const Line none = {0}, its = IS_SUM(pass) ? none : line(p, i, SLOPE, type);
+    const Line before = BY_X(pass) ? line(p, i, BEFORE_SLOPE, type) : none;
+    return (Channel){its, before, pass >= GRADIENT ? coefficient(p, i, GAIN, type) : 1};
+}
+INLINE double on(Line l, double x, int type) {
+    if (type == FLOAT64) return (x - l.mean) * l.slope + l.addend;
     return ((float)x - (float)l.mean) * (float)l.slope + (float)l.addend;
 }
-/* dy, and 0 where the ReLU did: by what it was given, or by y if something was added. */
-INLINE double gradient(Place p, int64_t i, double given, int dtype, int pass) {
-    const double dy = load(p.dy, i, dtype), y = pass == SUMS_BY_Y ? load(p.with, i, dtype) : given;
-    return pass != SUMS && pass != GRADIENT && (dtype == FLOAT64 ? y <= 0 : (float)y <= p.least) ? 0 : dy;
+/* What x or its line goes with: itself in moments, else dy, which is 0 where the ReLU was by what it was given, or by y. */
+INLINE double factor(Place p, int64_t at, Channel its, int type, int pass) {
+    const double x = load(p.in[0], at, type), other = INPUTS(pass) > 1 ? load(p.in[1], at, type) : x;
+    const double y = pass == SUMS_BY_Y ? load(p.in[2], at, type) : BY_X(pass) ? on(its.before, x, type) : 0;
+    const double value = (BY_X(pass) || pass == SUMS_BY_Y) && (type == FLOAT64 ? y <= 0 : (float)y <= p.least) ? 0 : other;
+    if (pass == SUMS_BY_Y) store(p.out, at, type, value);
+    return value;
 }
-/* Stores element i of y or dx: with gain·dy in backward, or with what is added before a ReLU. */
-INLINE void apply(Place p, int64_t i, Line here, Line before, double gain, int dtype, int pass) {
-    const double x = load(p.x, i, dtype), given = pass == GRADIENT_BY_X ? on(before, x, dtype) : 0;
-    const double more = pass >= GRADIENT ? gradient(p, i, given, dtype, pass) : pass == ADD_RELU ? load(p.with, i, dtype) : 0;
-    double value = on(here, x, dtype);
-    if (pass >= GRADIENT) value = dtype == FLOAT64 ? value + more * gain : (float)value + (float)more * (float)gain;
-    if (pass == ADD_RELU) value = dtype == FLOAT64 ? value + more : (float)value + (float)more;
-    store(p.out, i, dtype, (pass == RELU || pass == ADD_RELU) && (dtype == FLOAT64 ? value : (float)value) <= 0 ? 0 : value);
+/* Element `at` of y or dx. */
+INLINE double result(Place p, int64_t at, Channel its, int type, int pass) {
+    const double more = factor(p, at, its, type, pass);
+    double value = on(its.line, load(p.in[0], at, type), type);
+    if (INPUTS(pass) > 1) value = type == FLOAT64 ? value + more * its.gain : (float)value + (float)more * (float)its.gain;
+    return (pass == RELU || pass == ADD_RELU) && (type == FLOAT64 ? value : (float)value) <= 0 ? 0 : value;
 }
-/* Adds element i to the sums a and b: Σx and Σx², or Σdy and Σdy·(x − μ). */
-#define ADD(a, b, i, mean, given) { \
-    const double value = load(p.x, i, dtype), factor = pass == MOMENTS ? value : gradient(p, i, given, dtype, pass); \
-    if (pass == SUMS_BY_Y) store(p.out, i, dtype, factor); \
-    a += factor, b += factor * (pass == MOMENTS ? value : value - (mean)); }
-INLINE void sum_plane(Place p, int64_t n, int dtype, int pass) {
-    const double mean = pass == MOMENTS ? 0 : *p.mean;
-    const Line before = pass == SUMS_BY_X ? line(p, 0, BEFORE_SLOPE, dtype) : (Line){0};
+/* Σx and Σx², or Σdy and Σdy·x, of a plane of channel i from element `at` on. */
+INLINE void sum_plane(Place p, int64_t at, int64_t i, int64_t n, int type, int pass) {
+    const Channel its = channel(p, i, type, pass);
     double a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-    for (int64_t i = 0; i < n; i++) ADD(a, b, i, mean, on(before, value, dtype))
-    p.sums[0] += a, p.sums[p.c] += b;
+    for (int64_t j = at; j < at + n; j++) {
+        const double value = factor(p, j, its, type, pass);
+        a += value, b += value * load(p.in[0], j, type);
+    }
+    p.sums[i] += a, p.sums[p.c + i] += b;
 }
-INLINE void sum_rows(Place p, int64_t stride, int tile, int64_t n, int dtype, int pass) {
+/* The same of `rows` rows of channels from `start` to `end`. */
+INLINE void sum_some(Place p, int64_t at, int rows, int64_t start, int64_t end, int type, int pass) {
     double *restrict first = p.sums, *restrict second = first + p.c;
-    const double *restrict mean = p.mean;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = start; i < end; i++) {
+        const Channel its = channel(p, i, type, pass);
         double a = 0, b = 0;
-#pragma GCC unroll 8
-        for (int row = 0; row < tile; row++)
-            ADD(a, b, row * stride + i, mean[i], pass == SUMS_BY_X ? on(line(p, i, BEFORE_SLOPE, dtype), value, dtype) : 0)
+#pragma GCC unroll 4
+        for (int64_t row = 0, here = at + i; row < rows; row++, here += p.stride) {
+            const double value = factor(p, here, its, type, pass);
+            a += value, b += value * load(p.in[0], here, type);
+        }
         first[i] += a, second[i] += b;
     }
 }
-INLINE void apply_plane(Place p, int64_t n, int dtype, int pass) {
-    const Line here = line(p, 0, SLOPE, dtype), before = pass == GRADIENT_BY_X ? line(p, 0, BEFORE_SLOPE, dtype) : here;
-    const double gain = pass >= GRADIENT ? coefficient(p, 0, GAIN, dtype) : 0;
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; i++) apply(p, i, here, before, gain, dtype, pass);
-}
-INLINE void apply_rows(Place p, int64_t stride, int tile, int64_t n, int dtype, int pass) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; i++)
-#pragma GCC unroll 8
-        for (int row = 0; row < tile; row++) {
-            const Line here = line(p, i, SLOPE, dtype), before = pass == GRADIENT_BY_X ? line(p, i, BEFORE_SLOPE, dtype) : here;
-            apply(p, row * stride + i, here, before, pass >= GRADIENT ? coefficient(p, i, GAIN, dtype) : 0, dtype, pass);
+/* While n channels are summed, what comes behind is fetched in the order of memory. */
+INLINE void sum_rows(Place p, int64_t at, int rows, int64_t n, int fetched, int type, int pass) {
+    const int size = SIZE(type), line = 64 / size;
+    const int64_t whole = fetched ? n - n % line : 0;
+    for (int64_t i = 0; i < whole; i += line) {
+        for (int k = 0; k < INPUTS(pass) * rows; k++) {
+            const char *next = (const char *)p.in[k / rows] + (at + i * rows + k % rows * line) * size;
+            if (p.stride * size < PAGE) __builtin_prefetch(next + PAGE, 0, 3);
+            else __builtin_prefetch(next + FAR, 0, 2);
         }
+        sum_some(p, at, rows, i, i + line, type, pass);
+    }
+    sum_some(p, at, rows, whole, n, type, pass);
 }
-INLINE void *by(const void *from, int64_t bytes) { return (void *)((intptr_t)from + bytes); } /* from: may be NULL */
-/* Of n elements of `tile` rows, from element `start` and channel i on; float16 by blocks that are floats for a while. */
-INLINE void compute(const Work *work, int64_t start, int tile, int64_t n, int64_t i, double *sums, int rows, int dtype, int pass) {
+/* y or dx of a plane, or of `rows` rows of channels. */
+INLINE void apply(Place p, int64_t at, int rows, int64_t i, int64_t n, int planes, int type, int pass) {
+    const Channel one = channel(p, i, type, pass);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; j++) {
+        const Channel its = planes ? one : channel(p, j, type, pass);
+#pragma GCC unroll 4
+        for (int64_t row = 0, here = at + j; row < rows; row++, here += p.stride)
+            store(p.out, here, type, result(p, here, its, type, pass));
+    }
+}
+/* The same of one row, of n / 8 · 8 values, past the caches. */
+INLINE void stream(Place p, int64_t at, int64_t i, int64_t n, int planes, int pass) {
+    const Channel one = channel(p, i, FLOAT32, pass);
+    for (int64_t j = 0; j < n; j += 8) {
+        float values[8];
+#pragma omp simd simdlen(8)
+        for (int k = 0; k < 8; k++)
+            values[k] = (float)result(p, at + j + k, planes ? one : channel(p, j + k, FLOAT32, pass), FLOAT32, pass);
+        for (int k = 0; k < 8; k += 4) STREAM((float *)p.out + at + j + k, values + k);
+    }
+}
+/* `rows` rows from element `at` and channel i on, of n values each; of half precision by blocks. */
+INLINE void run_rows(const Work *work, int64_t at, int64_t i, int64_t rows, int64_t n, double *sums, int type, int pass) {
     const Call *call = work->call;
-    const int halves = dtype == FLOAT16, type = halves ? FLOAT32 : dtype;
-    const int64_t c = call->c, most = halves ? BLOCK : n;
-    float xs[TILE * BLOCK], dys[TILE * BLOCK], withs[TILE * BLOCK], outs[TILE * BLOCK];
-    for (int64_t from = 0, size; from < n; from += most) {
-        size = n - from < most ? n - from : most;
-        const int64_t at = (start + from) * SIZE(dtype), stride = halves ? size : c, channel = rows ? i + from : i;
-        Place p = {by(call->x, at), by(call->dy, at), by(call->with, at), by(work->coefficients, channel * SIZE(WIDE(dtype))),
-                   by(call->out, at), by(call->mean, channel * 8), by(sums, channel * 8), c, LEAST(dtype)};
-        for (int row = 0; halves && row < tile; row++) {
-            from_halves(xs + row * size, (const uint16_t *)p.x + row * c, size);
-            if (pass >= SUMS) from_halves(dys + row * size, (const uint16_t *)p.dy + row * c, size);
-            if (pass == SUMS_BY_Y || pass == ADD_RELU) from_halves(withs + row * size, (const uint16_t *)p.with + row * c, size);
+    const int planes = call->s != 1, half = type == FLOAT32 && call->dtype == FLOAT16, size = half ? 2 : SIZE(type);
+    const int tile = planes ? 1 : half || n * size * 4 <= PAGE || n * size >= PAGE ? 4 : 2;
+    const int large = !IS_SUM(pass) && n * size < PAGE && call->n * call->c * call->s * size >> STREAMED;
+    const int64_t width = half && n > BLOCK ? BLOCK : n, fits = half && n ? BLOCK / width : rows;
+    const int64_t height = fits < tile ? tile : fits;
+    float floats[4][4 * BLOCK + 64]; /* a page apart, loads would wait for stores */
+    for (int64_t row = 0; row < rows; row += height) for (int64_t from = 0; from < n; from += width) {
+        const int64_t tall = height < rows - row ? height : rows - row, wider = width < n - from ? width : n - from;
+        const int64_t start = at + row * n + from, first = planes ? i + row : i + from, piece = wider == n ? tall * n : wider;
+#define AT(from, bytes) ((void *)((intptr_t)(from) + (bytes))) /* from: may be NULL */
+        Place p = {{0}, AT(work->coefficients, first * SIZE(WIDE(type))), AT(call->out, start * size), AT(sums, first * 8),
+                   call->c, half ? wider : n, LEAST(call->dtype)};
+        for (int k = 0; k < INPUTS(pass); k++) {
+            p.in[k] = half ? floats[k + 1] : AT(call->in[k], start * size);
+            for (int64_t j = 0; half && j < tall * wider; j += piece) {
+                const uint16_t *const here = (const uint16_t *)call->in[k] + start + j / wider * n;
+                for (int64_t ahead = piece; ahead < 2 * piece; ahead += 32) __builtin_prefetch(here + ahead);
+                from_halves(floats[k + 1] + j, here, piece);
+            }
         }
-        uint16_t *const out = p.out;
-        if (halves) p.x = xs, p.dy = dys, p.with = withs, p.out = outs;
-        if (IS_SUM(pass)) rows ? sum_rows(p, stride, tile, size, type, pass) : sum_plane(p, size, type, pass);
-        else rows ? apply_rows(p, stride, tile, size, type, pass) : apply_plane(p, size, type, pass);
-        for (int row = 0; halves && (!IS_SUM(pass) || pass == SUMS_BY_Y) && row < tile; row++)
-            to_halves(out + row * c, outs + row * size, size);
-    }
-}
-
-/* Sums of rows, while what comes behind them is prefetched in the order of memory. */
-INLINE void sum_tile(const Work *work, int64_t start, double *sums, int dtype, int pass) {
-    const int size = SIZE(dtype), line = 64 / size, some = dtype == FLOAT16 ? BLOCK : line;
-    const int64_t c = work->call->c, whole = c - c % some, next = TILE * c * size;
-    const int64_t ahead = start * size + (next > AHEAD ? next : AHEAD);
-    for (int64_t from = 0; from < whole; from += some) {
-        for (int64_t i = TILE * from; i < TILE * (from + some); i += line) {
-            __builtin_prefetch((const char *)work->call->x + i * size + ahead);
-            if (pass >= SUMS) __builtin_prefetch((const char *)work->call->dy + i * size + ahead);
-            if (pass == SUMS_BY_Y) __builtin_prefetch((const char *)work->call->with + i * size + ahead);
+        if (half) p.out = floats[0];
+        for (int64_t j = 0, some; j < tall; j += some) {
+            const int64_t here = j * p.stride;
+            some = j + tile > tall || work->streamed || (large && !half) ? 1 : tile;
+#define ROWS(some) IS_SUM(pass) ? sum_rows(p, here, some, wider, some > 1 && !half, type, pass) : \
+                                  apply(p, here, some, 0, wider, 0, type, pass)
+            if (type == FLOAT32 && !IS_SUM(pass) && work->streamed) stream(p, here, planes ? j : 0, wider, planes, pass);
+            else if (planes && IS_SUM(pass)) sum_plane(p, here, j, wider, type, pass);
+            else if (planes) apply(p, here, 1, j, wider, 1, type, pass);
+            else if (some == 4) ROWS(4);
+            else if (some == 2) ROWS(2);
+            else ROWS(1);
         }
-        compute(work, start + from, TILE, some, from, sums, 1, dtype, pass);
+        for (int64_t j = 0; half && (!IS_SUM(pass) || pass == SUMS_BY_Y) && j < tall * wider; j += piece)
+            to_halves((uint16_t *)call->out + start + j / wider * n, floats[0] + j, piece);
     }
-    compute(work, start + whole, TILE, c - whole, whole, sums, 1, dtype, pass);
 }
 /* One of the parts. */
-INLINE void run_body(const Work *work, int64_t part, int dtype, int pass) {
+INLINE void run_body(const Work *work, int64_t part, int type, int pass) {
     const int64_t n = work->call->n, c = work->call->c, s = work->call->s, all = s == 1 ? n : c;
     const int64_t from = all * part / work->parts, to = all * (part + 1) / work->parts;
     for (int64_t row = 0; s != 1 && row < n; row++) /* apply goes back: what was read last may still be in a cache */
-        for (int64_t i = from, at = IS_SUM(pass) ? row : n - 1 - row; i < to; i++)
-            compute(work, (at * c + i) * s, 1, s, i, work->sums, 0, dtype, pass);
-    for (int64_t row = from, end; s == 1 && IS_SUM(pass) && row < to;) {
-        double *sums = work->sums + part * 4 * c, *chunk = sums + 2 * c;
-        end = row + CHUNK < to ? row + CHUNK : to;
-        for (; row + TILE <= end; row += TILE) sum_tile(work, row * c, chunk, dtype, pass);
-        for (; row < end; row++) compute(work, row * c, 1, c, 0, chunk, 1, dtype, pass);
-        for (int64_t i = 0; i < 2 * c; i++) sums[i] += chunk[i], chunk[i] = 0;
-    }
-    const int64_t some = ((1 << BACK) / (c ? c : 1) + TILE) / TILE * TILE;
-    for (int64_t end = to, row; s == 1 && !IS_SUM(pass) && end > from; end -= some) {
-        row = end - some < from ? from : end - some;
-        for (; c >= 1024 && row + TILE <= end; row += TILE) /* the coefficients exceed the nearest cache */
-            compute(work, row * c, TILE, c, 0, NULL, 1, dtype, pass);
-        for (; row < end; row++) compute(work, row * c, 1, c, 0, NULL, 1, dtype, pass);
+        run_rows(work, ((IS_SUM(pass) ? row : n - 1 - row) * c + from) * s, from, to - from, s, work->sums, type, pass);
+    const int64_t most = IS_SUM(pass) ? CHUNK : (1 << BACK) / (c ? c : 1) + 4, chunks = s == 1 ? (to - from + most - 1) / most : 0;
+    for (int64_t k = 0; k < chunks; k++) {
+        const int64_t row = from + (IS_SUM(pass) ? k : chunks - 1 - k) * most, some = to - row < most ? to - row : most;
+        double *sums = AT(work->sums, part * 4 * c * 8), *chunk = AT(sums, 2 * c * 8);
+        run_rows(work, row * c, 0, some, c, chunk, type, pass);
+        for (int64_t i = 0; IS_SUM(pass) && i < 2 * c; i++) sums[i] += chunk[i], chunk[i] = 0;
     }
 }
 
 /* ---- instruction sets and threads ---- */
-#define PASSES(X, set, dtype) X(set, dtype, MOMENTS) X(set, dtype, NORMALIZE) X(set, dtype, RELU) X(set, dtype, ADD_RELU) \
-    X(set, dtype, SUMS) X(set, dtype, SUMS_BY_X) X(set, dtype, SUMS_BY_Y) X(set, dtype, GRADIENT) X(set, dtype, GRADIENT_BY_X)
-#define ALL(X, set) PASSES(X, set, FLOAT16) PASSES(X, set, BFLOAT16) PASSES(X, set, FLOAT32) PASSES(X, set, FLOAT64)
-#define NAME(set, dtype, pass) set##_##dtype##_##pass,
-#define FUNCTION(set, dtype, pass) \
-    TARGET_##set static void set##_##dtype##_##pass(const Work *work, int64_t part) { run_body(work, part, dtype, pass); }
+#define PASSES(X, set, type) X(set, type, MOMENTS) X(set, type, NORMALIZE) X(set, type, RELU) X(set, type, ADD_RELU) \
+    X(set, type, SUMS) X(set, type, SUMS_BY_X) X(set, type, SUMS_BY_Y) X(set, type, GRADIENT) X(set, type, GRADIENT_BY_X)
+#define ALL(X, set) PASSES(X, set, BFLOAT16) PASSES(X, set, FLOAT32) PASSES(X, set, FLOAT64)
+#define NAME(set, type, pass) set##_##type##_##pass,
+#define FUNCTION(set, type, pass) \
+    TARGET_##set static void set##_##type##_##pass(const Work *work, int64_t part) { run_body(work, part, type, pass); }
 #define DEFINE(set) ALL(FUNCTION, set) static void (*const set[])(const Work *, int64_t) = {ALL(NAME, set)};
 #define TARGET_run_128
 #define TARGET_run_256 __attribute__((target("avx2,fma")))
@@ -258,12 +283,13 @@ DEFINE(run_512)
 #define run_512 run_128
 #endif
 static void run_part(const Work *work, int64_t part) {
-    const int64_t which = work->call->dtype * (GRADIENT_BY_X + 1) + work->pass;
+    const int64_t dtype = work->call->dtype, which = (dtype == FLOAT16 ? 1 : dtype - 1) * (GRADIENT_BY_X + 1) + work->pass;
     /* written slowly by 512 bits where memory is not in a cache, unless there is much to compute */
     const int by_256 = !work->sums && (work->call->s != 1 || work->pass != GRADIENT_BY_X);
     if (!by_256 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")) run_512[which](work, part);
     else if (HAS("avx2") && HAS("fma")) run_256[which](work, part);
     else run_128[which](work, part);
+    if (work->streamed) STREAM_END();
 }
 /* GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch has loaded; NULL: one thread. */
 static struct {
@@ -278,7 +304,10 @@ static void run_thread(void *work) {
 static int run(const Call *call, int pass, const void *coefficients) {
     const int64_t c = call->c, divisible = call->s == 1 ? call->n : c, worth = call->n * c * call->s >> GRAIN;
     const int64_t most = divisible < call->threads ? divisible : call->threads, parts = worth < most ? worth : most;
-    Work work = {call, pass, coefficients, IS_SUM(pass) ? call->message : NULL, parts > 1 ? parts : 1};
+    const int64_t row = call->s != 1 ? call->s : c, bytes = call->n * c * call->s * 4;
+    const int streamed = !IS_SUM(pass) && call->dtype == FLOAT32 && row % 8 == 0 && (call->s != 1 || c * 4 < PAGE) &&
+                         (intptr_t)call->out % 16 == 0 && bytes >> STREAMED;
+    Work work = {call, pass, streamed, coefficients, IS_SUM(pass) ? call->message : NULL, parts > 1 ? parts : 1};
     const int by_rows = work.sums && call->s == 1;
     if (work.sums) memset(work.sums, 0, sizeof(double) * 2 * c);
     if (by_rows && !(work.sums = calloc(work.parts * 4 * c + 1, sizeof(double)))) return -1;
@@ -327,18 +356,19 @@ int syncbn_normalize(const Call *call) {
         if (count > 1) move(call->second, i, momentum, var * unbias);
     }
     *call->count = count;
-    run(call, !call->relu ? NORMALIZE : call->with ? ADD_RELU : RELU, coefficients);
+    run(call, !call->relu ? NORMALIZE : call->in[1] ? ADD_RELU : RELU, coefficients);
     free(coefficients);
     return 0;
 }
 int syncbn_gradient_sums(const Call *call) {
-    const int by_x = call->relu && !call->with;
+    const int by_x = call->relu && !call->in[2];
     double *coefficients = by_x ? coefficients_of(call) : NULL;
     if (by_x && !coefficients) return -1;
     for (int64_t i = 0; by_x && i < call->c; i++) set_normal(call, i, coefficients, BEFORE_SLOPE);
     const int failed = run(call, by_x ? SUMS_BY_X : call->relu ? SUMS_BY_Y : SUMS, coefficients);
     free(coefficients);
     for (int64_t i = 0; i < call->c && !failed; i++) {
+        call->message[call->c + i] -= call->mean[i] * call->message[i];
         set(call->first, i, call->message[call->c + i] * call->invstd[i]);
         set(call->second, i, call->message[i]);
     }

@@ -96,7 +96,7 @@ def _check(failed: int) -> None:
 
 
 def moments(x: Tensor) -> Tensor:
-    message = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64, device="cpu")
+    message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
     _check(library.syncbn_moments(MOMENTS.pack(*_shape(x), 0, x.data_ptr(), 0, 0, 0, message.data_ptr())))
     return message
 
@@ -117,8 +117,8 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
         *_shape(x),
         relu,
         x.data_ptr(),
-        0,
         0 if added is None else added.data_ptr(),
+        0,
         y.data_ptr(),
         message.data_ptr(),
         saved.mean.data_ptr(),
