@@ -212,15 +212,14 @@ INLINE void stream(Place p, int64_t at, int64_t i, int64_t n, int planes, int pa
 INLINE void run_rows(const Work *work, int64_t at, int64_t i, int64_t rows, int64_t n, double *sums, int type, int pass) {
     const Call *call = work->call;
     const int planes = call->s != 1, half = type == FLOAT32 && call->dtype == FLOAT16, size = half ? 2 : SIZE(type);
-    const int tile = planes ? 1 : half || n * size * 4 <= PAGE || n * size >= PAGE ? 4 : 2;
-    const int large = !IS_SUM(pass) && n * size < PAGE && call->n * call->c * call->s * size >> STREAMED;
+    const int in_turns = half || n * size >= PAGE, tile = planes ? 1 : in_turns ? 4 : !IS_SUM(pass) ? 1 : n * size * 4 <= PAGE ? 4 : 2;
     const int64_t width = half && n > BLOCK ? BLOCK : n, fits = half && n ? BLOCK / width : rows;
     const int64_t height = fits < tile ? tile : fits;
     float floats[4][4 * BLOCK + 64]; /* a page apart, loads would wait for stores */
     for (int64_t row = 0; row < rows; row += height) for (int64_t from = 0; from < n; from += width) {
         const int64_t tall = height < rows - row ? height : rows - row, wider = width < n - from ? width : n - from;
         const int64_t start = at + row * n + from, first = planes ? i + row : i + from, piece = wider == n ? tall * n : wider;
-#define AT(from, bytes) ((void *)((intptr_t)(from) + (bytes))) /* from: may be NULL */
+#define AT(from, bytes) ((void *)((from) ? (char *)(intptr_t)(from) + (bytes) : NULL))
         Place p = {{0}, AT(work->coefficients, first * SIZE(WIDE(type))), AT(call->out, start * size), AT(sums, first * 8),
                    call->c, half ? wider : n, LEAST(call->dtype)};
         for (int k = 0; k < INPUTS(pass); k++) {
@@ -234,7 +233,7 @@ INLINE void run_rows(const Work *work, int64_t at, int64_t i, int64_t rows, int6
         if (half) p.out = floats[0];
         for (int64_t j = 0, some; j < tall; j += some) {
             const int64_t here = j * p.stride;
-            some = j + tile > tall || work->streamed || (large && !half) ? 1 : tile;
+            some = j + tile > tall || work->streamed ? 1 : tile;
 #define ROWS(some) IS_SUM(pass) ? sum_rows(p, here, some, wider, some > 1 && !half, type, pass) : \
                                   apply(p, here, some, 0, wider, 0, type, pass)
             if (type == FLOAT32 && !IS_SUM(pass) && work->streamed) stream(p, here, planes ? j : 0, wider, planes, pass);
