@@ -17,9 +17,9 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define BLOCK 512   /* values of float16, of four rows of channels no more, that are floats for a while */
-#define PAGE 4096   /* bytes. Rows of channels are taken by four, by two if four are longer than a page and one is not: ... */
-#define FAR 65536   /* ... reading in turns within a page is slow. Bytes to prefetch ahead: a page, of longer rows these */
+#define BLOCK 512   /* values of float16 that are floats for a while: of each of four rows of channels no more */
+#define PAGE 4096   /* bytes: rows of channels that are shorter are not read in turns, unless prefetched as far ahead */
+#define FAR 65536   /* bytes that longer rows are prefetched ahead */
 #define CHUNK 128   /* rows of channels summed before they are added to the sums: rounding errors grow with the terms */
 #define BACK 16     /* 2^16 values of rows of channels are taken at once on the way back */
 #define GRAIN 14    /* a thread has 2^14 values or more */
@@ -80,9 +80,9 @@ HALVES to_halves(uint16_t *to, const float *from, int64_t n) {
 #else
 #define HAS(feature) 0
 #define STREAM(to, from) memcpy(to, from, 16)
-#define STREAM_END()
+#define STREAM_END() (void)0
 #define from_halves(to, from, n) abort() /* cpu.py asks first */
-#define to_halves(to, from, n) abort()
+#define to_halves(to, from, n) ((void)(from), abort())
 #endif
 int syncbn_has_float16(void) { return !!HAS("f16c"); }
 INLINE double load(const void *from, int64_t i, int64_t type) {
@@ -150,9 +150,16 @@ INLINE double result(Place p, int64_t at, Channel its, int type, int pass) {
 /* Σx and Σx², or Σdy and Σdy·x, of a plane of channel i from element `at` on. */
 INLINE void sum_plane(Place p, int64_t at, int64_t i, int64_t n, int type, int pass) {
     const Channel its = channel(p, i, type, pass);
+    const int apart = pass == SUMS_BY_Y && type == BFLOAT16, then = apart ? SUMS : pass; /* gcc 12 vectorises no loop of both */
     double a = 0, b = 0;
+    if (apart) {
+#pragma GCC ivdep
+        for (int64_t j = at; j < at + n; j++) factor(p, j, its, type, pass);
+        p.in[1] = p.out;
+    }
+#pragma GCC ivdep
     for (int64_t j = at; j < at + n; j++) {
-        const double value = factor(p, j, its, type, pass);
+        const double value = factor(p, j, its, type, then);
         a += value, b += value * load(p.in[0], j, type);
     }
     p.sums[i] += a, p.sums[p.c + i] += b;
@@ -208,14 +215,16 @@ INLINE void stream(Place p, int64_t at, int64_t i, int64_t n, int planes, int pa
         for (int k = 0; k < 8; k += 4) STREAM((float *)p.out + at + j + k, values + k);
     }
 }
-/* `rows` rows from element `at` and channel i on, of n values each; of half precision by blocks. */
+/* `rows` rows from element `at` and channel i on, of n values each; float16 by blocks. Rows of channels are taken by some, so
+   that what is kept of the channels is read and written once for them. */
 INLINE void run_rows(const Work *work, int64_t at, int64_t i, int64_t rows, int64_t n, double *sums, int type, int pass) {
     const Call *call = work->call;
     const int planes = call->s != 1, half = type == FLOAT32 && call->dtype == FLOAT16, size = half ? 2 : SIZE(type);
-    const int in_turns = half || n * size >= PAGE, tile = planes ? 1 : in_turns ? 4 : !IS_SUM(pass) ? 1 : n * size * 4 <= PAGE ? 4 : 2;
+    const int by_four = half || n * size >= PAGE || (IS_SUM(pass) && n * size * 4 <= PAGE);
+    const int tile = planes ? 1 : by_four ? 4 : IS_SUM(pass) ? 2 : 1;
     const int64_t width = half && n > BLOCK ? BLOCK : n, fits = half && n ? BLOCK / width : rows;
     const int64_t height = fits < tile ? tile : fits;
-    float floats[4][4 * BLOCK + 64]; /* a page apart, loads would wait for stores */
+    float floats[4][4 * BLOCK + 64]; /* with pages between them loads would wait for stores */
     for (int64_t row = 0; row < rows; row += height) for (int64_t from = 0; from < n; from += width) {
         const int64_t tall = height < rows - row ? height : rows - row, wider = width < n - from ? width : n - from;
         const int64_t start = at + row * n + from, first = planes ? i + row : i + from, piece = wider == n ? tall * n : wider;
