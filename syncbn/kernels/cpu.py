@@ -141,7 +141,8 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     mean, invstd, _, weight, bias, y, relu = saved
-    if not (_is_vector(weight) and _is_vector(bias)):
+    given = (weight, bias) if relu and y is None else (None, None)  # by which the ReLU of x is known
+    if not (_is_vector(given[0]) and _is_vector(given[1])):
         return aten.gradient_sums(dy, x, saved)
     c, dy, message = x.shape[1], like(dy, x), mean.new_empty(2 * x.shape[1])
     dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64
@@ -158,8 +159,8 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
         mean.data_ptr(),
         invstd.data_ptr(),
         0,
-        *_vector(weight),
-        *_vector(bias),
+        *_vector(given[0]),
+        *_vector(given[1]),
         *_vector(sums.weight),
         *_vector(sums.bias),
     )
