@@ -5,7 +5,7 @@
      - x and dy are read once in each of the four functions, the result is written once, nothing of their size is allocated;
      - the ReLU of backward lets pass what that of forward did, to the bit: both come from one expression;
      - one library for every x86-64 processor, on the OpenMP runtime that it is given: it links none;
-     - NaN and infinity stay in their channel; sizes may be 0; indices are 64 bits type.
+     - NaN and infinity stay in their channel; sizes may be 0; indices are 64 bits wide.
 
    Legend: x, dy, y and dx are (N, C, S) in memory: NC* contiguous, or channels_last and (N, C) with S = 1 and rows as N.
    A row is a plane of one channel, or if S = 1 one value of every channel; `type` is a dtype as loops read it: float16 are
@@ -51,7 +51,7 @@ enum { MOMENTS, NORMALIZE, RELU, ADD_RELU, SUMS, SUMS_BY_X, SUMS_BY_Y, GRADIENT,
 typedef struct {
     const Call *call;
     int pass, streamed;       /* whether the result is written past the caches */
-    const void *coefficients; /* (6, C) as enumerated, type; NULL: a sum that needs none */
+    const void *coefficients; /* (6, C) as enumerated, of WIDE(dtype); NULL: a sum that needs none */
     double *sums;             /* of a sum, else NULL: (2, C); of rows of channels (parts, 2, 2, C), sums and those of a chunk */
     int64_t parts;            /* of channels, or of rows if S = 1 */
 } Work;
