@@ -47,8 +47,8 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, invstd, count, weight, bias, y = ctx.saved_tensors
-        saved = Saved(mean, invstd, count, weight, bias, y, ctx.relu)
+        x, statistics, weight, bias, y = ctx.saved_tensors
+        saved = Saved(statistics, weight, bias, y, ctx.relu)
         call = Call(ctx.call.layer, "backward", *ctx.call[2:])
         dx: Tensor | None
         dresidual: Tensor | None

@@ -29,24 +29,32 @@ class Equations:
             running.var.copy_(var)
         y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps, affine.relu, affine.residual)
         out = torch.empty_like(x).copy_(y)
-        return out, keep(affine, stats.mean, equations.invstd(stats.var, affine.eps), stats.count, out)
+        saved = torch.cat([stats.mean, equations.invstd(stats.var, affine.eps), stats.count.view(1)])
+        return out, keep(affine, saved, out)
+
+    @staticmethod
+    def unpacked(saved):
+        c = saved.statistics.numel() // 2
+        mean, invstd, count = saved.statistics.split([c, c, 1])
+        return equations.Statistics(mean, invstd.pow(-2), count)
 
     @staticmethod
     def passed(dy, x, saved):
-        stats = equations.Statistics(saved.mean, saved.invstd.pow(-2), saved.count)
+        stats = Equations.unpacked(saved)
         y = equations.normalize(x, stats, saved.weight, saved.bias, 0.0) if saved.y is None else saved.y
         return torch.where(y <= 0, 0, dy) if saved.relu else dy
 
     @staticmethod
     def gradient_sums(dy, x, saved):
         dy = Equations.passed(dy, x, saved)
-        message = equations.gradient_sums(dy, x, saved.mean)
+        stats = Equations.unpacked(saved)
+        message = equations.gradient_sums(dy, x, stats.mean)
         sum_dy, sum_dy_xmu = message.chunk(2)
-        return GradientSums(message, sum_dy_xmu * saved.invstd, sum_dy, None if saved.y is None else dy)
+        return GradientSums(message, sum_dy_xmu * equations.invstd(stats.var, 0.0), sum_dy, None if saved.y is None else dy)
 
     @staticmethod
     def input_gradient(dy, x, saved, message):
-        stats = equations.Statistics(saved.mean, saved.invstd.pow(-2), saved.count)
+        stats = Equations.unpacked(saved)
         dy = dy if saved.y is not None else Equations.passed(dy, x, saved)
         return torch.empty_like(x).copy_(equations.input_gradient(dy, x, stats, saved.weight, 0.0, message))
 

@@ -130,7 +130,7 @@ def test_momentum_and_eps_reach_the_device_in_full():
     for kernels in (in_triton(), aten):
         running = Running(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64), None, 0.1)
         _, saved = kernels.normalize(x, message, Affine(None, None, 1e-5), running)
-        moved.append(torch.cat([running.mean, running.var, saved.invstd]))
+        moved.append(torch.cat([running.mean, running.var, saved.statistics]))
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-14, atol=0)
 
 
@@ -244,7 +244,7 @@ def test_no_size_of_a_batch_compiles_programs_of_its_own(space, layout, monkeypa
 
 
 SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}
-STATISTICS = {"message": "*fp64", "saved_mean": "*fp64", "saved_invstd": "*fp64", "saved_count": "*fp64"}
+STATISTICS = {"message": "*fp64", "statistics": "*fp64"}
 MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32"}
 FLOATS = dict.fromkeys(("eps", "eps_rest", "momentum", "momentum_rest"), "fp32")
 VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -267,7 +267,7 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
     tiles = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
     constants = {"KIND": getattr(programs, kind), "IS_WIDE": wide, "BLOCKS": 3, "IS_CUMULATIVE": False, **tiles}
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
-    sums = {**backward, "mean": "*fp64", "invstd": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
+    sums = {**backward, "statistics": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}
     by_x = {"weight": "*bf16", "bias": "*fp32"} if fused == "relu" else {}
     added = {"residual": element} if fused == "add relu" else {}

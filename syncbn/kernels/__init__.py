@@ -49,9 +49,7 @@ class Running(NamedTuple):
 class Saved(NamedTuple):
     """What backward needs beside x: copies, never the buffers."""
 
-    mean: Tensor  # (C,) float64, of the whole batch
-    invstd: Tensor  # (C,) float64
-    count: Tensor  # type: ignore[assignment]  # () float64, of the whole batch
+    statistics: Tensor  # (2C+1,) float64 [mean, invstd, n] of the whole batch
     weight: Tensor | None  # (C,)
     bias: Tensor | None = None  # (C,) where a ReLU goes by x
     y: Tensor | None = None  # (N, C, *) where it goes by y
@@ -82,11 +80,11 @@ class Compiled(Kernels, Protocol):
     def takes(self, x: Tensor) -> bool: ...
 
 
-def keep(affine: Affine, mean: Tensor, invstd: Tensor, count: Tensor, y: Tensor) -> Saved:
+def keep(affine: Affine, statistics: Tensor, y: Tensor) -> Saved:
     """What backward needs: no y but for the sign of a sum, no bias but for that of the normalized values."""
     by_y = affine.residual is not None
     bias = affine.bias if affine.relu and not by_y else None
-    return Saved(mean, invstd, count, affine.weight, bias, y if by_y else None, affine.relu)
+    return Saved(statistics, affine.weight, bias, y if by_y else None, affine.relu)
 
 
 def move(running: Running, stats: Statistics) -> None:

@@ -49,7 +49,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     if affine.residual is not None:
         y = y.add_(affine.residual)
     y = (y.relu_() if affine.relu else y).to(x.dtype)
-    return y, keep(affine, stats.mean, invstd, stats.count, y)
+    return y, keep(affine, torch.cat([stats.mean, invstd, stats.count.view(1)]), y)
 
 
 def _affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -60,34 +60,43 @@ def _affine(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias
     return _shifted(x, hi).mul_(per_channel(scale, x)).add_(per_channel(shift, x))
 
 
+def _unpacked(saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and invstd (C,), and the count () of the whole batch."""
+    c = saved.statistics.numel() // 2
+    return saved.statistics[:c], saved.statistics[c:-1], saved.statistics[-1]
+
+
 def _passed(dy: Tensor, x: Tensor, saved: Saved) -> Tensor:
     """What the ReLU leaves of dy."""
     if not saved.relu:
         return dy
     y = saved.y
     if y is None:
-        y = _affine(x, saved.mean, saved.invstd, saved.weight, saved.bias).to(x.dtype)
+        mean, invstd, _ = _unpacked(saved)
+        y = _affine(x, mean, invstd, saved.weight, saved.bias).to(x.dtype)
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     dy = _passed(dy, x, saved)
-    hi, lo = equations.split(saved.mean, x)
+    mean, invstd, _ = _unpacked(saved)
+    hi, lo = equations.split(mean, x)
     sum_dy = dy.sum(channel_dims(x), dtype=compute_dtype(x.dtype)).double()
     sum_dy_xhi = _shifted(x, hi).mul_(dy).sum(channel_dims(x)).double()
     sum_dy_xmu = sum_dy_xhi - lo * sum_dy
     message, passed = torch.cat([sum_dy, sum_dy_xmu]), None if saved.y is None else dy
-    return GradientSums(message, sum_dy_xmu * saved.invstd, sum_dy, passed)
+    return GradientSums(message, sum_dy_xmu * invstd, sum_dy, passed)
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
     if saved.y is None:
         dy = _passed(dy, x, saved)
     sum_dy, sum_dy_xmu = message.chunk(2)
-    hi, lo = equations.split(saved.mean, x)
-    n = saved.count.clamp(min=1)
-    scale = saved.invstd if saved.weight is None else saved.invstd * saved.weight
-    slope = -scale * saved.invstd.square() * sum_dy_xmu / n
+    mean, invstd, count = _unpacked(saved)
+    hi, lo = equations.split(mean, x)
+    n = count.clamp(min=1)
+    scale = invstd if saved.weight is None else invstd * saved.weight
+    slope = -scale * invstd.square() * sum_dy_xmu / n
     shift = -scale * sum_dy / n - slope * lo
     dx = _shifted(x, hi).mul_(per_channel(slope, x)).add_(per_channel(shift, x))
     return dx.addcmul_(dy.to(dx.dtype), per_channel(scale, x)).to(x.dtype)

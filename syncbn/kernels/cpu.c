@@ -36,7 +36,7 @@ typedef struct {
     const void *in[3];             /* x; dy, or what is added before the ReLU; y, for gradient_sums if something was added */
     void *out;                     /* y, dx; what a ReLU leaves of dy in gradient_sums, if something was added */
     double *message;               /* (2C+1,) or (2C,) */
-    double *mean, *invstd, *count; /* saved: (C,), (C,), () */
+    double *statistics;            /* (2C+1,) [mean, invstd, n], saved */
     Vector weight, bias;           /* γ and β */
     Vector first, second;          /* running mean and variance of normalize; dγ and dβ of gradient_sums */
     int64_t *num_batches_tracked;
@@ -329,13 +329,13 @@ static int run(const Call *call, int pass, const void *coefficients) {
 static void *coefficients_of(const Call *call) { return malloc((GAIN + 1) * sizeof(double) * call->c + 1); }
 static void set_line(const Call *call, int64_t i, void *to, int64_t which, double slope, double addend) {
     const int type = WIDE(call->dtype);
-    const double mean = call->mean[i], middle = type == FLOAT64 ? mean : (float)mean;
+    const double mean = call->statistics[i], middle = type == FLOAT64 ? mean : (float)mean;
     store(to, MEAN * call->c + i, type, middle), store(to, which * call->c + i, type, slope);
     store(to, (which + 1) * call->c + i, type, addend + slope * (middle - mean));
 }
 /* γ·i, set with β as the line of y; returned. */
 static double set_normal(const Call *call, int64_t i, void *to, int64_t which) {
-    const double scale = call->invstd[i] * get(call->weight, i, 1);
+    const double scale = call->statistics[call->c + i] * get(call->weight, i, 1);
     set_line(call, i, to, which, scale, get(call->bias, i, 0));
     return scale;
 }
@@ -358,12 +358,12 @@ int syncbn_normalize(const Call *call) {
     for (int64_t i = 0; i < c; i++) {
         const double mean = call->message[i] / n, square = call->message[c + i] / n - mean * mean;
         const double var = square < 0 ? 0 : square;
-        call->mean[i] = mean, call->invstd[i] = 1 / sqrt(var + call->eps);
+        call->statistics[i] = mean, call->statistics[c + i] = 1 / sqrt(var + call->eps);
         set_normal(call, i, coefficients, SLOPE);
         if (count > 0) move(call->first, i, momentum, mean);
         if (count > 1) move(call->second, i, momentum, var * unbias);
     }
-    *call->count = count;
+    call->statistics[2 * c] = count;
     run(call, !call->relu ? NORMALIZE : call->in[1] ? ADD_RELU : RELU, coefficients);
     free(coefficients);
     return 0;
@@ -376,20 +376,21 @@ int syncbn_gradient_sums(const Call *call) {
     const int failed = run(call, by_x ? SUMS_BY_X : call->relu ? SUMS_BY_Y : SUMS, coefficients);
     free(coefficients);
     for (int64_t i = 0; i < call->c && !failed; i++) {
-        call->message[call->c + i] -= call->mean[i] * call->message[i];
-        set(call->first, i, call->message[call->c + i] * call->invstd[i]);
+        call->message[call->c + i] -= call->statistics[i] * call->message[i];
+        set(call->first, i, call->message[call->c + i] * call->statistics[call->c + i]);
         set(call->second, i, call->message[i]);
     }
     return failed;
 }
 int syncbn_input_gradient(const Call *call) {
     const int64_t c = call->c;
-    const double n = *call->count < 1 ? 1 : *call->count;
+    const double *invstd = call->statistics + c;
     void *coefficients = coefficients_of(call);
     if (!coefficients) return -1;
+    const double n = invstd[c] < 1 ? 1 : invstd[c];
     for (int64_t i = 0; i < c; i++) {
         const double gain = set_normal(call, i, coefficients, BEFORE_SLOPE);
-        const double slope = -gain * call->invstd[i] * call->invstd[i] * call->message[c + i] / n;
+        const double slope = -gain * invstd[i] * invstd[i] * call->message[c + i] / n;
         set_line(call, i, coefficients, SLOPE, slope, -gain * call->message[i] / n);
         store(coefficients, GAIN * c + i, WIDE(call->dtype), gain);
     }

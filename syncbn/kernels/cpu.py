@@ -22,13 +22,14 @@ from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor has it
+NOTHING = [0, 0, 0, 0]  # two vectors that are not there
 FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 
 # What cpu.c calls a Call, and what each function reads of it.
 MOMENTS = struct.Struct("6q 4P P")
-NORMALIZE = struct.Struct("6q 4P 4P PqPq PqPq P2dq")
-GRADIENT_SUMS = struct.Struct("6q 4P 4P PqPq PqPq")
-INPUT_GRADIENT = struct.Struct("6q 4P 4P PqPq")
+NORMALIZE = struct.Struct("6q 4P 2P PqPq PqPq P2dq")
+GRADIENT_SUMS = struct.Struct("6q 4P 2P PqPq PqPq")
+INPUT_GRADIENT = struct.Struct("6q 4P 2P PqPq")
 
 
 def load() -> Any:
@@ -75,19 +76,17 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
     return *planes(x), DTYPES[x.dtype], torch.get_num_threads()
 
 
-def _vector(value: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if value is None else (value.data_ptr(), DTYPES[value.dtype])
-
-
-def _is_vector(value: Tensor | None) -> bool:
-    """Whether the library can read a (C,) tensor, or there is none."""
-    return value is None or (value.dtype in DTYPES and is_plain(value) and value.is_contiguous())
-
-
-def _is_read(running: Running) -> bool:
-    """Whether the library can move the running statistics."""
-    tracked = running.num_batches_tracked
-    return _is_vector(running.mean) and _is_vector(running.var) and (tracked is None or tracked.dtype == torch.int64)
+def _vectors(*values: Tensor | None) -> list[int] | None:
+    """Address and dtype of (C,) tensors, zeros for none; None if there is one that the library cannot read."""
+    found = []
+    for value in values:
+        if value is None:
+            found += [0, 0]
+        elif value.dtype in DTYPES and is_plain(value) and value.is_contiguous():
+            found += [value.data_ptr(), DTYPES[value.dtype]]
+        else:
+            return None
+    return found
 
 
 def _check(failed: int) -> None:
@@ -103,16 +102,13 @@ def moments(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
     weight, bias, eps, relu, residual = affine
-    if not (_is_vector(weight) and _is_vector(bias)):
-        return aten.normalize(x, message, affine, running)
-    if running is not None and not _is_read(running):
-        move(running, equations.statistics(message))
-        running = None
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
+    vectors = _vectors(weight, bias, mean, var)
+    if vectors is None or (tracked is not None and tracked.dtype != torch.int64):
+        return _normalize_apart(x, message, affine, running)
     assert momentum is not None or tracked is not None, "momentum=None counts batches"
-    c = x.shape[1]
     y, added = torch.empty_like(x), None if residual is None else like(residual, x)
-    saved = keep(affine, message.new_empty(c), message.new_empty(c), message.new_empty(()), y)
+    saved = keep(affine, torch.empty_like(message), y)
     call = NORMALIZE.pack(
         *_shape(x),
         relu,
@@ -121,13 +117,8 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
         0,
         y.data_ptr(),
         message.data_ptr(),
-        saved.mean.data_ptr(),
-        saved.invstd.data_ptr(),
-        saved.count.data_ptr(),
-        *_vector(weight),
-        *_vector(bias),
-        *_vector(mean),
-        *_vector(var),
+        saved.statistics.data_ptr(),
+        *vectors,
         0 if tracked is None else tracked.data_ptr(),
         eps,
         0.0 if momentum is None else momentum,
@@ -139,15 +130,26 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     return y, saved
 
 
+def _normalize_apart(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
+    """What the library cannot read is left to torch's operators: parameters with the elements, buffers by themselves."""
+    if _vectors(affine.weight, affine.bias) is None:
+        return aten.normalize(x, message, affine, running)
+    assert running is not None, "nothing else is left"
+    move(running, equations.statistics(message))
+    return normalize(x, message, affine, None)
+
+
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    mean, invstd, _, weight, bias, y, relu = saved
-    given = (weight, bias) if relu and y is None else (None, None)  # by which the ReLU of x is known
-    if not (_is_vector(given[0]) and _is_vector(given[1])):
+    statistics, weight, bias, y, relu = saved
+    vectors = _vectors(weight, bias) if relu and y is None else NOTHING  # by which the ReLU of x is known
+    if vectors is None:
         return aten.gradient_sums(dy, x, saved)
-    c, dy, message = x.shape[1], like(dy, x), mean.new_empty(2 * x.shape[1])
     dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64
-    y, passed = (None, None) if y is None else (like(y, x), torch.empty_like(x))
-    sums = GradientSums(message, mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype), passed)
+    c, dy, passed = x.shape[1], like(dy, x), None
+    if y is not None:
+        y, passed = like(y, x), torch.empty_like(x)
+    dweight = statistics.new_empty(c, dtype=dtype)
+    sums = GradientSums(statistics.new_empty(2 * c), dweight, torch.empty_like(dweight), passed)
     call = GRADIENT_SUMS.pack(
         *_shape(x),
         relu,
@@ -155,37 +157,33 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
         dy.data_ptr(),
         0 if y is None else y.data_ptr(),
         0 if passed is None else passed.data_ptr(),
-        message.data_ptr(),
-        mean.data_ptr(),
-        invstd.data_ptr(),
-        0,
-        *_vector(given[0]),
-        *_vector(given[1]),
-        *_vector(sums.weight),
-        *_vector(sums.bias),
+        sums.message.data_ptr(),
+        statistics.data_ptr(),
+        *vectors,
+        dweight.data_ptr(),
+        DTYPES[dtype],
+        sums.bias.data_ptr(),
+        DTYPES[dtype],
     )
     _check(library.syncbn_gradient_sums(call))
     return sums
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
-    mean, invstd, count, weight, bias, y, relu = saved
-    if not (_is_vector(weight) and _is_vector(bias)):
+    vectors = _vectors(saved.weight, saved.bias)
+    if vectors is None:
         return aten.input_gradient(dy, x, saved, message)
     dx, dy = torch.empty_like(x), like(dy, x)
     call = INPUT_GRADIENT.pack(
         *_shape(x),
-        relu and y is None,
+        saved.relu and saved.y is None,
         x.data_ptr(),
         dy.data_ptr(),
         0,
         dx.data_ptr(),
         message.data_ptr(),
-        mean.data_ptr(),
-        invstd.data_ptr(),
-        count.data_ptr(),
-        *_vector(weight),
-        *_vector(bias),
+        saved.statistics.data_ptr(),
+        *vectors,
     )
     _check(library.syncbn_input_gradient(call))
     return dx

@@ -174,8 +174,7 @@ def gradient_sums(
     x,  # (N, C, S)
     y,  # (N, C, S) where a ReLU goes by it, or None
     passed_dy,  # (N, C, S) what the ReLU leaves of dy there, or None
-    mean,  # (C,) float64
-    invstd,  # (C,) float64
+    statistics,  # (2C+1,) float64, saved
     weight,  # (C,) or None
     bias,  # (C,) or None
     message,  # (2C,) float64
@@ -197,8 +196,8 @@ def gradient_sums(
 ):
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     positions = count_positions(n, s, IS_WIDE)
-    inv = tl.load(invstd + channel, mask=channel < c, other=0.0)
-    mu = tl.load(mean + channel, mask=channel < c, other=0.0)
+    mu = tl.load(statistics + channel, mask=channel < c, other=0.0)
+    inv = tl.load(statistics + c + channel, mask=channel < c, other=0.0)
     hi, lo, scale, shift = coefficients(mu, inv, weight, bias, channel, c)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -239,9 +238,7 @@ def normalize(
     y,  # (N, C, S)
     residual,  # (N, C, S) or None
     message,  # (2C+1,) float64, of the whole batch
-    saved_mean,  # (C,) float64
-    saved_invstd,  # (C,) float64
-    saved_count,  # () float64
+    statistics,  # (2C+1,) float64 [mean, invstd, n], to be saved
     weight,  # (C,) or None
     bias,  # (C,) or None
     running_mean,  # (C,) or None
@@ -275,10 +272,10 @@ def normalize(
     invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
     hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     if t <= 0:
-        tl.store(saved_mean + channel, mean, mask=real)
-        tl.store(saved_invstd + channel, invstd, mask=real)
+        tl.store(statistics + channel, mean, mask=real)
+        tl.store(statistics + c + channel, invstd, mask=real)
         if block == 0:
-            tl.store(saved_count + one, count)
+            tl.store(statistics + 2 * c + one, count)
         if running_mean is not None:
             factor = tl.full([1], momentum, tl.float64) + momentum_rest
             if IS_CUMULATIVE:
@@ -303,9 +300,7 @@ def input_gradient(
     x,  # (N, C, S)
     dx,  # (N, C, S)
     message,  # (2C,) float64, of the whole batch
-    saved_mean,  # (C,) float64
-    saved_invstd,  # (C,) float64
-    saved_count,  # () float64
+    statistics,  # (2C+1,) float64, saved
     weight,  # (C,) or None
     bias,  # (C,) or None
     n,
@@ -322,11 +317,11 @@ def input_gradient(
     block, t = tl.program_id(0) % BLOCKS, tiles - 1 - tl.program_id(0) // BLOCKS
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < c
-    values = tl.maximum(tl.load(saved_count), 1.0)
+    values = tl.maximum(tl.load(statistics + 2 * c), 1.0)
     sum_dy = tl.load(message + channel, mask=real, other=0.0)
     sum_dy_xmu = tl.load(message + c + channel, mask=real, other=0.0)
-    invstd = tl.load(saved_invstd + channel, mask=real, other=0.0)
-    mean = tl.load(saved_mean + channel, mask=real, other=0.0)
+    mean = tl.load(statistics + channel, mask=real, other=0.0)
+    invstd = tl.load(statistics + c + channel, mask=real, other=0.0)
     hi, lo, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     slope = -scale * invstd * invstd * sum_dy_xmu / values
     addend = -scale * sum_dy / values - slope * lo

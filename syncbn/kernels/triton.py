@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..equations import statistics
+from .. import equations
 from . import Affine, GradientSums, Running, Saved, keep, move, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
 
@@ -106,11 +106,11 @@ def moments(x: Tensor) -> Tensor:
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
     weight, bias, eps, relu, residual = affine
     if running is not None and not (_is_vector(running.mean) and _is_vector(running.var)):
-        move(running, statistics(message))
+        move(running, equations.statistics(message))
         running = None
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    sizes, c, y = _sizes(x), x.shape[1], torch.empty_like(x)
-    saved = keep(affine, message.new_empty(c), message.new_empty(c), message.new_empty(()), y)
+    sizes, y = _sizes(x), torch.empty_like(x)
+    saved = keep(affine, torch.empty_like(message), y)
     if momentum is None:
         assert tracked is not None, "momentum=None counts batches"
         tracked.add_(message[-1] > 0)
@@ -118,7 +118,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
         programs.normalize,
         x,
         sizes["BLOCKS"] * max(1, sizes["tiles"]),
-        *(x, y, None if residual is None else like(residual, x), message, *saved[:3], _vector(weight), _vector(bias)),
+        *(x, y, None if residual is None else like(residual, x), message, saved.statistics, _vector(weight), _vector(bias)),
         *(mean, var, tracked, *_pair(eps), *_pair(momentum or 0.0)),
         RELU=relu,
         IS_CUMULATIVE=momentum is None,
@@ -130,13 +130,14 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    mean, invstd, _, weight, bias, y, relu = saved
+    statistics, weight, bias, y, relu = saved
     c, dtype = x.shape[1], torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
     passed = None if y is None else torch.empty_like(x)
-    sums = GradientSums(mean.new_empty(2 * c), mean.new_empty(c, dtype=dtype), mean.new_empty(c, dtype=dtype), passed)
+    dweight, dbias = (statistics.new_empty(c, dtype=dtype) for _ in range(2))
+    sums = GradientSums(statistics.new_empty(2 * c), dweight, dbias, passed)
     by_y = None if y is None else like(y, x)
     by_x = (_vector(weight), _vector(bias)) if relu and y is None else (None, None)
-    _sums(programs.gradient_sums, x, like(dy, x), x, by_y, passed, mean, invstd, *by_x, *sums[:3], RELU=relu and y is None)
+    _sums(programs.gradient_sums, x, like(dy, x), x, by_y, passed, statistics, *by_x, *sums[:3], RELU=relu and y is None)
     return sums
 
 
@@ -145,5 +146,6 @@ def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tens
     vectors, by_x = (_vector(saved.weight), _vector(saved.bias)), saved.relu and saved.y is None
     if x.numel():
         count = sizes["BLOCKS"] * sizes["tiles"]
-        _launch(programs.input_gradient, x, count, like(dy, x), x, dx, message, *saved[:3], *vectors, RELU=by_x, **sizes)
+        given = (like(dy, x), x, dx, message, saved.statistics, *vectors)
+        _launch(programs.input_gradient, x, count, *given, RELU=by_x, **sizes)
     return dx
