@@ -146,7 +146,7 @@ if sys.argv[1] == "kept":
     assert keep_heap()
 def touch():
     torch.empty(2**24).fill_(1)
-for _ in range(3):
+for _ in range(40):  # until the small pieces are used up that alignment cuts off, and that malloc keeps apart
     touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
