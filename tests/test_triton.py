@@ -262,10 +262,10 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from syncbn.kernels import programs
+    from syncbn.kernels import programs, tiles
 
-    tiles = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
-    constants = {"KIND": getattr(programs, kind), "IS_WIDE": wide, "BLOCKS": 3, "IS_CUMULATIVE": False, **tiles}
+    sizes = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
+    constants = {"KIND": getattr(tiles, kind), "IS_WIDE": wide, "BLOCKS": 3, "IS_CUMULATIVE": False, **sizes}
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
     sums = {**backward, "statistics": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import equations
 from . import Affine, GradientSums, Running, Saved, keep, move, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
+from .tiles import PLANES, ROWS, SHORT
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE = 2048  # values of a tile
@@ -40,11 +41,11 @@ def _sizes(x: Tensor) -> dict[str, Any]:
     n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
     if s == 1:
         block_c = min(triton.next_power_of_2(c), 64 if x.dtype == torch.float32 else 128)
-        kind, block_p = programs.ROWS, TILE // block_c
+        kind, block_p = ROWS, TILE // block_c
     else:
         block_c, block_p = 1, TILE if n * s > TILE // 8 else TILE // 8
-        kind = programs.PLANES if s >= TILE // 2 else programs.SHORT
-    tiles = n * -(-s // block_p) if kind is programs.PLANES else -(-n * s // block_p)
+        kind = PLANES if s >= TILE // 2 else SHORT
+    tiles = n * -(-s // block_p) if kind is PLANES else -(-n * s // block_p)
     shape = {"n": n, "c": c, "s": s, "tiles": tiles, "KIND": kind, "IS_WIDE": x.numel() >= WIDE}
     return shape | {"BLOCKS": -(-c // block_c), "BLOCK_P": block_p, "BLOCK_C": block_c}
 

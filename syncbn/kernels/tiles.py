@@ -1,0 +1,136 @@
+"""What the programs of programs.py have in common: where a tile lies, sums over programs, and a channel's coefficients.
+
+Legend: a tile is BLOCK_P positions of BLOCK_C channels of a tensor (N, C, S) in memory. A position is a row where channels are
+contiguous (S = 1), and else a value of a plane; `positions` is N·S. `splits` programs share a sum, BLOCKS blocks of channels
+are beside each other. (C,) coefficients are float64, and float32 where they meet values.
+"""
+
+import triton
+import triton.language as tl
+
+SAMPLES = tl.constexpr(32)  # of the pivot
+MERGED = tl.constexpr(16)  # splits of a sum that are read at a time: one by one, each would wait for memory
+ROWS, PLANES, SHORT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how tiles lie: see tile
+
+
+@triton.jit
+def count_positions(n, s, IS_WIDE: tl.constexpr):
+    """N·S, which the compiler knows 16 to divide where it divides S."""
+    if IS_WIDE:
+        n = n.to(tl.int64)
+    return n * s
+
+
+@triton.jit
+def tile(
+    t,  # number of the tile
+    channel,  # (BLOCK_C,)
+    positions,
+    c,
+    s,
+    KIND: tl.constexpr,  # ROWS: s = 1; PLANES: a tile is in one plane; SHORT: it goes through several
+    IS_WIDE: tl.constexpr,  # offsets are of 64 bits
+    BLOCK_P: tl.constexpr,
+):
+    """Offsets and mask (BLOCK_P, BLOCK_C) of a tile."""
+    lane = tl.arange(0, BLOCK_P)
+    if IS_WIDE:
+        channel, lane = channel.to(tl.int64), lane.to(tl.int64)
+        t = lane * 0 + t
+    if KIND == PLANES:
+        tiles = tl.cdiv(s, BLOCK_P)
+        within = t % tiles * BLOCK_P + lane
+        valid = within < s
+        offset = ((t // tiles) * c * s + within)[:, None] + (channel * s)[None, :]
+    else:
+        position = t * BLOCK_P + lane
+        valid = position < positions
+        if KIND == ROWS:
+            offset = (position * c)[:, None] + channel[None, :]
+        else:
+            offset = (position // s * c * s + position % s)[:, None] + (channel * s)[None, :]
+    return offset, valid[:, None] & (channel < c)[None, :]
+
+
+@triton.jit
+def pivot_of(x, channel, positions, c, s, IS_WIDE: tl.constexpr):
+    """(BLOCK_C,) mean of some values spread over the share; 0 where it is not finite."""
+    j = tl.arange(0, SAMPLES)
+    if IS_WIDE:
+        channel, j = channel.to(tl.int64), j.to(tl.int64)
+    count = tl.minimum(positions, SAMPLES)
+    position = j * (positions // tl.maximum(count, 1))
+    offset = (position // s * c * s + position % s)[:, None] + (channel * s)[None, :]
+    valid = (j < count)[:, None] & (channel < c)[None, :]
+    mean = tl.sum(tl.load(x + offset, mask=valid, other=0.0).to(tl.float32), 0) / tl.maximum(count, 1)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit
+def merge(first, second, partials, arrived, channel, c, splits, BLOCKS: tl.constexpr):
+    """The sums (BLOCK_C,) float64 of all splits, and whether this program is the one that has them: the last to come."""
+    last = tl.program_id(0) >= 0
+    if splits > 1:
+        block, part, valid = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS, channel < c
+        mine = partials + part * 2 * c + channel
+        tl.store(mine, first, mask=valid)
+        tl.store(mine + c, second, mask=valid)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + block, 1) == splits - 1
+        if last:
+            firsts = tl.zeros([MERGED, channel.shape[0]], tl.float64)
+            seconds = tl.zeros([MERGED, channel.shape[0]], tl.float64)
+            for k in range(0, splits, MERGED):  # past the nearest cache, which may hold a line from before
+                its = k + tl.arange(0, MERGED)
+                theirs = partials + (its * 2 * c)[:, None] + channel[None, :]
+                there = (its < splits)[:, None] & valid[None, :]
+                firsts += tl.load(theirs, mask=there, other=0.0, cache_modifier=".cg")
+                seconds += tl.load(theirs + c, mask=there, other=0.0, cache_modifier=".cg")
+            first, second = tl.sum(firsts, 0), tl.sum(seconds, 0)
+            tl.store(arrived + block, 0)
+    return first, second, last
+
+
+@triton.jit
+def parameter(vector, channel, c, otherwise):
+    """(BLOCK_C,) float64 of a vector (C,), or `otherwise` where there is none."""
+    if vector is None:
+        values = tl.zeros_like(channel).to(tl.float64) + otherwise
+    else:
+        values = tl.load(vector + channel, mask=channel < c, other=0.0).to(tl.float64)
+    return values
+
+
+# Where a ReLU goes by x, it has to pass in backward what it passed in forward, to the bit, in programs that are compiled apart.
+# So all take the next two functions, in which every fused multiply-add is named: what to round is not the compiler's choice.
+
+
+@triton.jit
+def coefficients(mean, invstd, weight, bias, channel, c):
+    """The mean (BLOCK_C,) float64 as a pair of float32, and float64 scale and shift: γ·x̂ + β = (x − hi)·scale + shift."""
+    hi = mean.to(tl.float32)
+    lo = mean - hi.to(tl.float64)
+    scale = invstd * parameter(weight, channel, c, 1.0)
+    return hi, lo.to(tl.float32), scale, tl.fma(-scale, lo, parameter(bias, channel, c, 0.0))
+
+
+@triton.jit
+def apply(value, hi, scale, shift):
+    """(value − hi)·scale + shift of a tile (BLOCK_P, BLOCK_C) of float32."""
+    return tl.fma(value - hi[None, :], scale.to(tl.float32)[None, :], shift.to(tl.float32)[None, :])
+
+
+@triton.jit
+def passed(value, y):
+    """The value where a ReLU passed y. It passes what is no number, as torch's does; tl.maximum would not."""
+    return tl.where(y.to(tl.float32) <= 0, 0.0, value)
+
+
+@triton.jit
+def move(running, channel, value, factor, moves):
+    """Move a running statistic (C,) towards `value` (BLOCK_C,) where `moves`."""
+    old = tl.load(running + channel, mask=moves, other=0.0).to(tl.float64)
+    new = old + factor * (value - old)
+    if running.dtype.element_ty != tl.float64:
+        new = new.to(tl.float32)
+    tl.store(running + channel, new, mask=moves)
