@@ -1,5 +1,6 @@
 """The compiled kernels: which tensors they take, threads, bits, memory, and what serves without them. Values: test_kernels."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -93,13 +94,16 @@ def test_parameters_and_buffers_of_any_layout():
     second, half = every[::2], every[::2].contiguous()
     message = cpu.moments(x)
     results = []
-    for weight in (second, half):
-        running = Running(weight.clone() if weight is half else every.clone()[::2], weight.clone(), torch.tensor(0), 0.1)
+    for weight, strided, count in itertools.product((half, second), (False, True), (torch.int64, torch.int32)):
+        mean, var = (every.clone()[::2] if strided else half.clone() for _ in range(2))
+        running = Running(mean, var, torch.tensor(3, dtype=count), None)
         y, saved = cpu.normalize(x, message, Affine(weight, weight, 1e-5), running)
         dx = cpu.input_gradient(x, x, saved, cpu.gradient_sums(x, x, saved).message)
-        results.append((y, dx, running.mean, running.var, running.num_batches_tracked))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+        results.append((y, dx, mean, var, running.num_batches_tracked.long()))
+    assert results[0][-1] == 4
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @needs_library

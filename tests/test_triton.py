@@ -49,7 +49,19 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def the_interpreter_lacks() -> str:
+    """What Triton's interpreter needs and has not, if anything."""
+    try:
+        import numpy
+        import triton
+    except ImportError as error:
+        return f"needs {error.name}"
+    ours, theirs = (tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy))
+    return "needs triton 3.7, or numpy before 2.4" if ours < (3, 7) and theirs >= (2, 4) else ""
+
+
 @not_interpreted
+@pytest.mark.skipif(bool(the_interpreter_lacks()), reason=the_interpreter_lacks())
 @pytest.mark.timeout(300)
 def test_by_the_interpreter():
     done = subprocess.run(
