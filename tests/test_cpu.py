@@ -18,6 +18,7 @@ from syncbn.bench import memory
 from syncbn.kernels import Affine, Running, Saved, aten, cpu, pick
 
 needs_library = pytest.mark.skipif(cpu.library is None, reason="needs the compiled kernels")
+needs_float16 = pytest.mark.skipif(torch.float16 not in cpu.DTYPES, reason="needs a processor that converts float16")
 PLAIN = Affine(None, None, 0.0)
 
 
@@ -36,10 +37,15 @@ class Subclass(Tensor):
 
 
 @needs_library
+def test_the_dtypes_of_every_processor():
+    assert {torch.bfloat16, torch.float32, torch.float64} <= set(cpu.DTYPES)
+
+
+@needs_library
 def test_what_the_library_reads_goes_by_it():
     for shape in [(4, 3), (4, 3, 5), (4, 3, 5, 2), (4, 3, 5, 2, 2), (4, 3, 1, 1), (0, 3, 5), (4, 3, 0), (2, 3, 2, 2, 2, 2)]:
         for layout in ("contiguous", "channels_last"):
-            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            for dtype in cpu.DTYPES:
                 assert pick(laid_out(torch.ones(shape, dtype=dtype), layout)) is cpu
 
 
@@ -61,6 +67,7 @@ def test_what_the_library_cannot_read_goes_by_aten():
 
 
 @needs_library
+@needs_float16
 def test_a_processor_without_float16_leaves_it_to_aten(monkeypatch):
     x, weight = torch.randn(6, 4), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16)
     expected, _ = cpu.normalize(x, cpu.moments(x), Affine(weight, None, 1e-5), None)
@@ -107,7 +114,7 @@ def test_parameters_and_buffers_of_any_layout():
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=needs_float16), torch.bfloat16])
 @pytest.mark.parametrize("shape", [(65536, 1), (1, 1, 65536)])
 def test_every_half_is_read_and_rounded_as_torch_does(dtype, shape):
     x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(shape)
