@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from syncbn import collectives
+from syncbn import SyncBatchNormReLU, collectives
 from syncbn.__main__ import main
 from syncbn.bench import (
     agreement,
@@ -328,7 +328,7 @@ def test_accuracy(tmp_path, capsys):
 def test_step(tmp_path, capsys):
     assert main([*STEP, "--results", str(tmp_path)]) == 0
     found = {row["variant"]: row for row in read(tmp_path / "step.csv")}
-    assert set(found) == {"torch", "syncbn-local", "syncbn", "syncbn-aten", "syncbn-watched", "plain"}
+    assert set(found) == {"torch", "syncbn-local", "syncbn", "syncbn-fused", "syncbn-aten", "syncbn-watched", "plain"}
     assert {row["world_size"] for row in found.values()} == {"2"}
     assert float(found["syncbn-local"]["over_own_kernels_median"]) == 1
     assert 0 < float(found["syncbn-watched"]["share_in_collectives"]) < 1
@@ -337,6 +337,10 @@ def test_step(tmp_path, capsys):
     made = step.network()
     assert sum(isinstance(module, nn.BatchNorm2d) for module in made.modules()) == 20
     assert made(torch.randn(2, 3, 64, 64)).shape == (2, 100)
+    fused = list(step.fuse(made, peers.fused).modules())
+    assert sum(isinstance(module, SyncBatchNormReLU) for module in fused) == 17
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fused) == 3  # of the shortcuts
+    assert not any(isinstance(module, nn.ReLU) for module in fused)
 
 
 def test_scaling_and_its_plot(tmp_path, capsys):

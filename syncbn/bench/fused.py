@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from .. import kernels
 from ..doctor.finding import table
-from ..module import SyncBatchNormReLU
 from . import agreement, peers, rows
 from .cases import Case, chosen
 from .memory import keep_heap, peak
@@ -49,13 +48,6 @@ class Separate(nn.Module):
         return activated
 
 
-def _fused(layer: Any) -> nn.Module:
-    made = SyncBatchNormReLU(layer.num_features, layer.eps, layer.momentum).to(layer.weight.device)
-    made.load_state_dict(layer.state_dict())
-    made._force_sync = True
-    return made
-
-
 class Way(NamedTuple):
     """One way to run a form, from torch's layer; by the kernels of a peer."""
 
@@ -66,8 +58,8 @@ class Way(NamedTuple):
 WAYS = {
     BASE: Way(lambda layer: Separate(peers.forced(layer)), "syncbn"),
     "syncbn, in place": Way(lambda layer: Separate(peers.forced(layer), True), "syncbn"),
-    "syncbn, fused": Way(_fused, "syncbn"),
-    "syncbn, fused, ATen": Way(_fused, "syncbn-aten"),
+    "syncbn, fused": Way(peers.fused, "syncbn"),
+    "syncbn, fused, ATen": Way(peers.fused, "syncbn-aten"),
     "torch, separate": Way(lambda layer: Separate(copy.deepcopy(layer)), "torch"),
     "torch, inductor": Way(lambda layer: Separate(copy.deepcopy(layer)), "torch-inductor"),
 }

@@ -33,6 +33,25 @@ class Residual(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+class FusedResidual(Residual):
+    """The same, where batch norm, addition and ReLU are one layer: bn1, and bn2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(x))), self.shortcut(x))
+        return y
+
+
+def fuse(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A `network`, in place, with what `make` makes of each batch norm that a ReLU follows: that layer and the ReLU in one."""
+    assert isinstance(model, nn.Sequential), "a network"
+    model[1], model[2] = make(model[1]), nn.Identity()
+    for block in model:
+        if isinstance(block, Residual):
+            block.bn1, block.bn2 = make(block.bn1), make(block.bn2)  # type: ignore[assignment]
+            block.__class__ = FusedResidual
+    return model
+
+
 def network(width: int = 64) -> nn.Sequential:
     """(N, 3, 64, 64) → (N, 100); stages of width, 2·, 4· and 8·width channels on 32×32 to 4×4 positions."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]

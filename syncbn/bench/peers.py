@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..convert import convert
-from ..module import _Synchronized
+from ..module import SyncBatchNormReLU, _Synchronized
 from . import agreement, sync_operators
 
 TORCH = "torch"  # the name of the base of all ratios
@@ -82,6 +82,14 @@ def forced(layer: nn.Module) -> nn.Module:
     for each in made.modules():
         if isinstance(each, _Synchronized):
             each._force_sync = True
+    return made
+
+
+def fused(layer: Any) -> SyncBatchNormReLU:
+    """Ours with the ReLU in it, from torch's layer or ours."""
+    made = SyncBatchNormReLU(layer.num_features, layer.eps, layer.momentum).to(layer.weight.device)
+    made.load_state_dict(layer.state_dict())
+    made._force_sync = True
     return made
 
 

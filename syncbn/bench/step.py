@@ -27,13 +27,14 @@ from ..doctor.latency import meet, timed
 from ..doctor.model import Stopwatch
 from . import messages, peers, processes, rows
 from .agreement import DisagreementError
-from .network import CLASSES, SIZE, data_parallel, network, replace
+from .network import CLASSES, SIZE, data_parallel, fuse, network, replace
 from .peers import TORCH
 from .rows import Row
 from .timing import Quartiles, order, quartiles, ratio
 
 TASK = "syncbn.bench.step:measure"
 OWN = "syncbn-local"  # our kernels, local statistics
+FUSED = "syncbn-fused"  # the ReLUs, and the additions before them, in our layers
 WATCHED = "syncbn-watched"  # syncbn with a stopwatch on its collectives
 # Relative, in the norm of all. ReLU passes or stops single values by their last bit: torch's own float32 gradients of the whole
 # batch are 2e-3 off float64. Local statistics are 1.1 and 2e-3 off.
@@ -49,6 +50,7 @@ def variants(size: int, device: torch.device) -> dict[str, Build]:
         TORCH: lambda model: model,
         OWN: _local,
         "syncbn": peers.forced,
+        FUSED: lambda model: fuse(peers.forced(model), peers.fused),
         "syncbn-aten": peers.forced,
         WATCHED: peers.forced,
         "plain": lambda model: replace(model, peers.PlainSyncBatchNorm),
