@@ -37,12 +37,8 @@ class Subclass(Tensor):
 
 
 @needs_library
-def test_the_dtypes_of_every_processor():
-    assert {torch.bfloat16, torch.float32, torch.float64} <= set(cpu.DTYPES)
-
-
-@needs_library
 def test_what_the_library_reads_goes_by_it():
+    assert {torch.bfloat16, torch.float32, torch.float64} <= set(cpu.DTYPES)  # float16 where the processor converts it
     for shape in [(4, 3), (4, 3, 5), (4, 3, 5, 2), (4, 3, 5, 2, 2), (4, 3, 1, 1), (0, 3, 5), (4, 3, 0), (2, 3, 2, 2, 2, 2)]:
         for layout in ("contiguous", "channels_last"):
             for dtype in cpu.DTYPES:
