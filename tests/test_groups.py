@@ -204,8 +204,7 @@ def test_a_process_group_is_shared_by_deepcopy_and_refused_by_pickle():
 
 def _warnings(world, broadcast, size):
     model = DistributedDataParallel(syncbn.convert(network(torch.float32), group_size=size))
-    ddp_flag = "forward_sync_buffers" if hasattr(model, "forward_sync_buffers") else "broadcast_buffers"
-    setattr(model, ddp_flag, broadcast)
+    model.broadcast_buffers = broadcast
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

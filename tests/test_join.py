@@ -34,7 +34,7 @@ def train(world, name, accumulate=1, buffers=True, unused=False):
     loaders = LOADERS[name][: world.size]
     model = syncbn.convert(Net() if unused else network(torch.float64)).to(world.device)
     ddp = DistributedDataParallel(model, find_unused_parameters=unused)
-    ddp.forward_sync_buffers = buffers
+    ddp.broadcast_buffers = buffers
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     joined = SyncBatchNormJoin(ddp)
     losses = []

@@ -94,7 +94,7 @@ def _train(world, name, accumulate, buffers):
     loaders = LOADERS[name][: world.size]
     model = syncbn.convert(network(torch.float64), world.group)
     ddp = DistributedDataParallel(model, process_group=world.group)
-    ddp.forward_sync_buffers = buffers
+    ddp.broadcast_buffers = buffers
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     batches = (share(world.rank, step, size) for step, size in enumerate(loaders[world.rank]))
     losses = []
