@@ -3,6 +3,8 @@
 On a machine with a GPU, test_cuda.py runs them on it.
 """
 
+import functools
+import itertools
 import math
 import os
 import subprocess
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.skipif(in_triton() is None, reason="needs triton")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_by_the_interpreter")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs a compiler, not the interpreter")
 
+FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 AXES = {
@@ -224,35 +227,93 @@ def test_no_tensor_goes_by_them_before_they_are_measured():
 
 
 def what_triton_looks_at(parameter, value):
-    """What a program is compiled for: a type, a constant, or of a number whether it is 1 and whether 16 divides it."""
+    """What a program is compiled for: a type, a constant, of an integer its size, whether it is 1 and whether 16 divides it."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if parameter.is_constexpr or value is None:
-        return getattr(value, "value", value)
-    looks = isinstance(value, int) and not parameter.do_not_specialize
-    return type(value), looks and (value == 1, value % 16 == 0)
+        return value
+    if isinstance(value, float):
+        return float
+    return value < 2**31, not parameter.do_not_specialize and (value == 1, value % 16 == 0)
+
+
+class Program:
+    """Stands for one that Triton compiles when it has to, and for what it compiled."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.compiled = set()
+
+    def looks(self, arguments):
+        return tuple(itertools.starmap(what_triton_looks_at, zip(self.kernel.params, arguments, strict=True)))
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.compile(self.looks(arguments))
+
+    def compile(self, looks):
+        self.compiled.add(looks)
+        return {(blocks, 1, 1): functools.partial(self.launch, looks) for blocks in range(1, 1025)}
+
+    def launch(self, looks, *arguments):
+        assert self.looks(arguments) == looks, "launched for other arguments than it was compiled for"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    kernels = in_triton()
+    stand_ins = [Program(getattr(kernels.programs, name)) for name in FUNCTIONS]
+    for program in stand_ins:
+        monkeypatch.setattr(kernels.programs, program.kernel.__name__, program)
+    monkeypatch.setattr(kernels, "_compiled", {})
+    return lambda: [len(program.compiled) for program in stand_ins]
+
+
+def step(x, affine=None, running=None):
+    kernels = in_triton()
+    affine = Affine(None, None, 1e-5, True, x) if affine is None else affine
+    message = kernels.moments(x)
+    _, saved = kernels.normalize(x, message, affine, running)
+    kernels.gradient_sums(x, x, saved)
+    kernels.input_gradient(x, x, saved, message[:-1])
 
 
 @not_interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("space", [(), (7, 7), (8, 8), (40, 40)], ids=str)
-def test_no_size_of_a_batch_compiles_programs_of_its_own(space, layout, monkeypatch):
-    kernels, programs = in_triton(), {}
-
-    def launch(kernel, x, count, *arguments, **sizes):
-        given = dict(zip(kernel.arg_names, arguments, strict=False)) | sizes
-        key = tuple(what_triton_looks_at(parameter, given[parameter.name]) for parameter in kernel.params)
-        programs.setdefault(kernel.__name__, set()).add(key)
-
-    monkeypatch.setattr(kernels, "_launch", launch)
+def test_no_size_of_a_batch_compiles_programs_of_its_own(space, layout, compiled):
     for n in (1, 2, 3, 5, 16, 17, 32, 47, 100):
-        x = batches.lay_out(torch.empty(n, 32, *space), layout)
-        message = kernels.moments(x)
-        _, saved = kernels.normalize(x, message, Affine(None, None, 1e-5, True, x), None)
-        kernels.gradient_sums(x, x, saved)
-        kernels.input_gradient(x, x, saved, message[:-1])
-    assert len(programs) == 4
-    assert all(len(keys) <= 2 for keys in programs.values()), {name: len(keys) for name, keys in programs.items()}
+        step(batches.lay_out(torch.empty(n, 32, *space), layout))
+    assert compiled() == [1, 1, 1, 1]
+
+
+@not_interpreted
+def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled, monkeypatch):
+    """Every pair of all that makes arguments differ, twice, the second time by what was compiled."""
+    axes = {
+        "shape": [(6, 33, 5, 5), (6, 48, 5, 5), (6, 33, 4, 4), (6, 1), (6, 48), (5, 32, 64, 64)],
+        "dtype": DTYPES,
+        "layout": LAYOUTS,
+        "offset": [0, 1, 8],
+        "parameters": [None, torch.float32, torch.bfloat16],
+        "running": [None, 0.1, 1, math.inf],
+        "fused": batches.FUSED,
+    }
+    cases = list(AllPairs(list(axes.values())))
+    for shape, dtype, layout, offset, parameters, momentum, fused in [*cases, *cases]:
+        x = torch.empty(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
+        c, residual = shape[1], None
+        if layout == "channels_last":
+            x = batches.lay_out(x, layout)
+        if fused == "add relu":
+            residual = torch.empty_like(x)
+        vector = None if parameters is None else torch.empty(c + offset, dtype=parameters)[offset:]
+        running = None if momentum is None else Running(torch.empty(c), torch.empty(c), torch.tensor(0), momentum)
+        step(x, Affine(vector, vector, 1, fused != "none", residual), running)
+    assert min(compiled()) > 10
+    monkeypatch.setattr(in_triton(), "WIDE", 0)
+    for n in (2**31 - 1, 2**31):
+        monkeypatch.setattr(in_triton(), "planes", lambda x, n=n: (n, 1, 1))
+        step(torch.empty(6, 1))
 
 
 SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}
@@ -267,17 +328,18 @@ OPTIONAL = (*VECTORS, "tracked", "residual", "y", "passed_dy")
 @pytest.mark.parametrize("fused", batches.FUSED)
 @pytest.mark.parametrize(
     ("kind", "element", "wide"),
-    [("ROWS", "*fp16", False), ("PLANES", "*fp32", False), ("SHORT", "*bf16", False), ("SHORT", "*fp32", True)],
+    [("rows", "*fp16", False), ("planes", "*fp32", False), ("short", "*bf16", False), ("short", "*fp32", True)],
 )
 def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from syncbn.kernels import programs, tiles
+    from syncbn.kernels import programs
 
-    sizes = {"BLOCK_P": 32, "BLOCK_C": 64} if kind == "ROWS" else {"BLOCK_P": 2048, "BLOCK_C": 1}
-    constants = {"KIND": getattr(tiles, kind), "IS_WIDE": wide, "BLOCKS": 3, "IS_CUMULATIVE": False, **sizes}
+    dtype = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}[element]
+    cut = in_triton()._tiles(256, {"rows": 1, "planes": 3136, "short": 49}[kind], dtype, wide, in_triton().TILE)
+    constants = {"IS_CUMULATIVE": False, **cut._asdict()}
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
     sums = {**backward, "statistics": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}

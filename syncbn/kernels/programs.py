@@ -1,56 +1,58 @@
 """The programs of kernels/triton.py: what runs on the device. Legend: see tiles.py.
 
-Nothing is compiled for one size of the batch: that of a last, smaller batch would be compiled for while other ranks wait. C and
-S are looked at: loads can be wide where 16 divides them.
+Requirements
+    - no number is compiled for: a last, smaller batch would be compiled for while other ranks wait. What a program is compiled
+      for are its constants, of which no batch has its own, and which pointers 16 bytes divide;
+    - a program takes several tiles of its channels: what is computed for a channel costs as much as a tile.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import apply, coefficients, count_positions, merge, move, passed, pivot_of, tile
+from .tiles import apply, coefficients, merge, move, passed, pivot_of, place, sizes, tile
 
-BY_BATCH = ["n", "tiles", "splits"]  # numbers of which no program is compiled for a value
+NUMBERS = ["n", "c", "s", "tiles", "splits", "eps", "eps_rest", "momentum", "momentum_rest"]
 
 
-@triton.jit(do_not_specialize=BY_BATCH)
+@triton.jit(do_not_specialize=NUMBERS)
 def moments(
     x,  # (N, C, S) in memory
     message,  # (2C+1,) float64
     partials,  # (splits, 2, C) float64
-    arrived,  # (BLOCKS,) int32, 0 before and after
+    arrived,  # (blocks of channels,) int32, 0 before and after
     n,
     c,
     s,
     tiles,
     splits,
-    KIND: tl.constexpr,
+    IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    positions = count_positions(n, s, IS_WIDE)
-    pivot = pivot_of(x, channel, positions, c, s, IS_WIDE)
+    n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
+    part, block, channel = place(c, BLOCK_C)
+    pivot = pivot_of(x, channel, n, c, s, IS_WIDE)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in range(tl.program_id(0) // BLOCKS, tiles, splits):
-        offset, valid = tile(t, channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
+    for t in range(part, tiles, splits):
+        offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
         centered = tl.where(valid, value - pivot[None, :], 0.0)
         first += centered
         second += centered * centered
     s1, s2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
-    s1, s2, last = merge(s1, s2, partials, arrived, channel, c, splits, BLOCKS)
+    s1, s2, last = merge(s1, s2, partials, arrived, part, block, channel, c, splits)
     if last:
-        count, shift = tl.zeros([1], tl.float64) + positions, pivot.to(tl.float64)
+        count, shift = tl.zeros([1], tl.float64) + n * s, pivot.to(tl.float64)
         tl.store(message + channel, s1 + count * shift, mask=channel < c)
         tl.store(message + c + channel, s2 + shift * (2 * s1 + count * shift), mask=channel < c)
-        if tl.program_id(0) % BLOCKS == 0:
+        if block == 0:
             tl.store(message + 2 * c + tl.arange(0, 1), count)
 
 
-@triton.jit(do_not_specialize=BY_BATCH)
+@triton.jit(do_not_specialize=NUMBERS)
 def gradient_sums(
     dy,  # (N, C, S) in memory
     x,  # (N, C, S)
@@ -63,28 +65,29 @@ def gradient_sums(
     dweight,  # (C,)
     dbias,  # (C,)
     partials,  # (splits, 2, C) float64
-    arrived,  # (BLOCKS,) int32, 0 before and after
+    arrived,  # (blocks of channels,) int32, 0 before and after
     n,
     c,
     s,
     tiles,
     splits,
     RELU: tl.constexpr,  # goes by x
-    KIND: tl.constexpr,
+    IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    positions = count_positions(n, s, IS_WIDE)
+    n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
+    part, block, channel = place(c, BLOCK_C)
     mu = tl.load(statistics + channel, mask=channel < c, other=0.0)
     inv = tl.load(statistics + c + channel, mask=channel < c, other=0.0)
     hi, lo, scale, shift = coefficients(mu, inv, weight, bias, channel, c)
+    lo, scale = lo.to(tl.float32), scale.to(tl.float32)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in range(tl.program_id(0) // BLOCKS, tiles, splits):
-        offset, valid = tile(t, channel, positions, c, s, KIND, IS_WIDE, BLOCK_P)
+    for t in range(part, tiles, splits):
+        offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
         if y is not None:
@@ -95,7 +98,7 @@ def gradient_sums(
         first += gradient
         second += tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
     g1, g2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
-    g1, g2, last = merge(g1, g2, partials, arrived, channel, c, splits, BLOCKS)
+    g1, g2, last = merge(g1, g2, partials, arrived, part, block, channel, c, splits)
     if last:
         valid_channel = channel < c
         tl.store(message + channel, g1, mask=valid_channel)
@@ -104,7 +107,7 @@ def gradient_sums(
         tl.store(dbias + channel, g1, mask=valid_channel)
 
 
-@triton.jit(do_not_specialize=BY_BATCH)
+@triton.jit(do_not_specialize=NUMBERS)
 def normalize(
     x,  # (N, C, S) in memory
     y,  # (N, C, S)
@@ -124,16 +127,17 @@ def normalize(
     c,
     s,
     tiles,
+    splits,
     RELU: tl.constexpr,
     IS_CUMULATIVE: tl.constexpr,  # the momentum is 1 / tracked, which has been counted up before
-    KIND: tl.constexpr,
+    IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    block, t = tl.program_id(0) % BLOCKS, tiles - 1 - tl.program_id(0) // BLOCKS  # what was read last is read first
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
+    part, block, channel = place(c, BLOCK_C)
     real = channel < c
     one = tl.arange(0, 1)
     count = tl.load(message + 2 * c + one)
@@ -143,7 +147,8 @@ def normalize(
     var = tl.where(square < 0, 0.0, square)
     invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
     hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
-    if t <= 0:
+    scale = scale.to(tl.float32)
+    if part == 0:
         tl.store(statistics + channel, mean, mask=real)
         tl.store(statistics + c + channel, invstd, mask=real)
         if block == 0:
@@ -156,17 +161,18 @@ def normalize(
                 tl.store(tracked + one, tl.load(tracked + one) + (count > 0).to(tl.int64))
             move(running_mean, channel, mean, factor, real & (count > 0))
             move(running_var, channel, var * (count / tl.maximum(count - 1, 1.0)), factor, real & (count > 1))
-    offset, valid = tile(tl.maximum(t, 0), channel, count_positions(n, s, IS_WIDE), c, s, KIND, IS_WIDE, BLOCK_P)
-    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-    value = apply(value, hi, scale, shift)
-    if residual is not None:
-        value += tl.load(residual + offset, mask=valid, other=0.0).to(tl.float32)
-    if RELU:
-        value = passed(value, value)
-    tl.store(y + offset, value, mask=valid)
+    for back in range(part, tiles, splits):  # what was read last, and may still be in a cache, comes first
+        offset, valid = tile(tiles - 1 - back, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+        value = apply(value, hi, scale, shift)
+        if residual is not None:
+            value += tl.load(residual + offset, mask=valid, other=0.0).to(tl.float32)
+        if RELU:
+            value = passed(value, value)
+        tl.store(y + offset, value, mask=valid)
 
 
-@triton.jit(do_not_specialize=BY_BATCH)
+@triton.jit(do_not_specialize=NUMBERS)
 def input_gradient(
     dy,  # (N, C, S) in memory
     x,  # (N, C, S)
@@ -179,15 +185,16 @@ def input_gradient(
     c,
     s,
     tiles,
+    splits,
     RELU: tl.constexpr,  # goes by x
-    KIND: tl.constexpr,
+    IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    block, t = tl.program_id(0) % BLOCKS, tiles - 1 - tl.program_id(0) // BLOCKS
-    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
+    part, _, channel = place(c, BLOCK_C)
     real = channel < c
     values = tl.maximum(tl.load(statistics + 2 * c), 1.0)
     sum_dy = tl.load(message + channel, mask=real, other=0.0)
@@ -196,10 +203,12 @@ def input_gradient(
     invstd = tl.load(statistics + c + channel, mask=real, other=0.0)
     hi, lo, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     slope = -scale * invstd * invstd * sum_dy_xmu / values
-    addend = -scale * sum_dy / values - slope * lo
-    offset, valid = tile(t, channel, count_positions(n, s, IS_WIDE), c, s, KIND, IS_WIDE, BLOCK_P)
-    gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
-    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-    if RELU:
-        gradient = passed(gradient, apply(value, hi, scale, shift).to(x.dtype.element_ty))
-    tl.store(dx + offset, apply(value, hi, slope, addend) + gradient * scale.to(tl.float32)[None, :], mask=valid)
+    addend = (-scale * sum_dy / values - slope * lo).to(tl.float32)
+    slope, scale = slope.to(tl.float32), scale.to(tl.float32)
+    for back in range(part, tiles, splits):
+        offset, valid = tile(tiles - 1 - back, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+        gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+        if RELU:
+            gradient = passed(gradient, apply(value, hi, scale, shift).to(x.dtype.element_ty))
+        tl.store(dx + offset, apply(value, hi, slope, addend) + gradient * scale[None, :], mask=valid)

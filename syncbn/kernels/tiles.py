@@ -1,34 +1,45 @@
 """What the programs of programs.py have in common: where a tile lies, sums over programs, and a channel's coefficients.
 
-Legend: a tile is BLOCK_P positions of BLOCK_C channels of a tensor (N, C, S) in memory. A position is a row where channels are
-contiguous (S = 1), and else a value of a plane; `positions` is N·S. `splits` programs share a sum, BLOCKS blocks of channels
-are beside each other. (C,) coefficients are float64, and float32 where they meet values.
+Legend: a tensor (N, C, S) in memory has planes of S values, or rows of C values where channels are contiguous (S = 1). A tile
+is BLOCK_P positions, values of one plane or rows, of BLOCK_C channels. `splits` programs share those of a block of channels.
+(C,) coefficients are float64, and float32 where they meet values.
 """
 
 import triton
 import triton.language as tl
 
-SAMPLES = tl.constexpr(32)  # of the pivot
-MERGED = tl.constexpr(16)  # splits of a sum that are read at a time: one by one, each would wait for memory
-ROWS, PLANES, SHORT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how tiles lie: see tile
+SAMPLES = tl.constexpr(16)  # of the pivot; twice as many take as many registers as all the rest
+MERGED = tl.constexpr(512)  # values of the splits of a sum that are read at a time: one by one, each would wait for memory
 
 
 @triton.jit
-def count_positions(n, s, IS_WIDE: tl.constexpr):
-    """N·S, which the compiler knows 16 to divide where it divides S."""
+def sizes(n, c, s, IS_ROWS: tl.constexpr, IS_WIDE: tl.constexpr, UNIT: tl.constexpr):
+    """N, C and S. UNIT divides C where channels are contiguous, else S: the compiler learns it here, and can load as wide."""
     if IS_WIDE:
         n = n.to(tl.int64)
-    return n * s
+    if IS_ROWS:
+        c = c // UNIT * UNIT
+    else:
+        s = s // UNIT * UNIT
+    return n, c, s
+
+
+@triton.jit
+def place(c, BLOCK_C: tl.constexpr):
+    """This program's split, its block of channels, and the channels (BLOCK_C,)."""
+    blocks = tl.cdiv(c, BLOCK_C)
+    block = tl.program_id(0) % blocks
+    return tl.program_id(0) // blocks, block, block * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
 def tile(
     t,  # number of the tile
     channel,  # (BLOCK_C,)
-    positions,
+    n,
     c,
     s,
-    KIND: tl.constexpr,  # ROWS: s = 1; PLANES: a tile is in one plane; SHORT: it goes through several
+    IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,  # offsets are of 64 bits
     BLOCK_P: tl.constexpr,
 ):
@@ -37,25 +48,22 @@ def tile(
     if IS_WIDE:
         channel, lane = channel.to(tl.int64), lane.to(tl.int64)
         t = lane * 0 + t
-    if KIND == PLANES:
-        tiles = tl.cdiv(s, BLOCK_P)
-        within = t % tiles * BLOCK_P + lane
-        valid = within < s
-        offset = ((t // tiles) * c * s + within)[:, None] + (channel * s)[None, :]
-    else:
+    if IS_ROWS:
         position = t * BLOCK_P + lane
-        valid = position < positions
-        if KIND == ROWS:
-            offset = (position * c)[:, None] + channel[None, :]
-        else:
-            offset = (position // s * c * s + position % s)[:, None] + (channel * s)[None, :]
+        valid = position < n
+        offset = (position * c)[:, None] + channel[None, :]
+    else:
+        parts = tl.cdiv(s, BLOCK_P)  # of a plane
+        position = t % parts * BLOCK_P + lane
+        valid = position < s
+        offset = (t // parts * c * s + position)[:, None] + (channel * s)[None, :]
     return offset, valid[:, None] & (channel < c)[None, :]
 
 
 @triton.jit
-def pivot_of(x, channel, positions, c, s, IS_WIDE: tl.constexpr):
+def pivot_of(x, channel, n, c, s, IS_WIDE: tl.constexpr):
     """(BLOCK_C,) mean of some values spread over the share; 0 where it is not finite."""
-    j = tl.arange(0, SAMPLES)
+    j, positions = tl.arange(0, SAMPLES), n * s
     if IS_WIDE:
         channel, j = channel.to(tl.int64), j.to(tl.int64)
     count = tl.minimum(positions, SAMPLES)
@@ -67,21 +75,22 @@ def pivot_of(x, channel, positions, c, s, IS_WIDE: tl.constexpr):
 
 
 @triton.jit
-def merge(first, second, partials, arrived, channel, c, splits, BLOCKS: tl.constexpr):
+def merge(first, second, partials, arrived, part, block, channel, c, splits):
     """The sums (BLOCK_C,) float64 of all splits, and whether this program is the one that has them: the last to come."""
     last = tl.program_id(0) >= 0
     if splits > 1:
-        block, part, valid = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS, channel < c
+        valid = channel < c
         mine = partials + part * 2 * c + channel
         tl.store(mine, first, mask=valid)
         tl.store(mine + c, second, mask=valid)
         tl.debug_barrier()
         last = tl.atomic_add(arrived + block, 1) == splits - 1
         if last:
-            firsts = tl.zeros([MERGED, channel.shape[0]], tl.float64)
-            seconds = tl.zeros([MERGED, channel.shape[0]], tl.float64)
-            for k in range(0, splits, MERGED):  # past the nearest cache, which may hold a line from before
-                its = k + tl.arange(0, MERGED)
+            at_once: tl.constexpr = MERGED // channel.shape[0]
+            firsts = tl.zeros([at_once, channel.shape[0]], tl.float64)
+            seconds = tl.zeros([at_once, channel.shape[0]], tl.float64)
+            for k in range(0, splits, at_once):  # past the nearest cache, which may hold a line from before
+                its = k + tl.arange(0, at_once)
                 theirs = partials + (its * 2 * c)[:, None] + channel[None, :]
                 there = (its < splits)[:, None] & valid[None, :]
                 firsts += tl.load(theirs, mask=there, other=0.0, cache_modifier=".cg")
@@ -107,17 +116,17 @@ def parameter(vector, channel, c, otherwise):
 
 @triton.jit
 def coefficients(mean, invstd, weight, bias, channel, c):
-    """The mean (BLOCK_C,) float64 as a pair of float32, and float64 scale and shift: γ·x̂ + β = (x − hi)·scale + shift."""
+    """hi and shift (BLOCK_C,) float32, lo and scale float64: the mean is hi + lo, γ·x̂ + β is (x − hi)·scale + shift."""
     hi = mean.to(tl.float32)
     lo = mean - hi.to(tl.float64)
     scale = invstd * parameter(weight, channel, c, 1.0)
-    return hi, lo.to(tl.float32), scale, tl.fma(-scale, lo, parameter(bias, channel, c, 0.0))
+    return hi, lo, scale, tl.fma(-scale, lo, parameter(bias, channel, c, 0.0)).to(tl.float32)
 
 
 @triton.jit
 def apply(value, hi, scale, shift):
-    """(value − hi)·scale + shift of a tile (BLOCK_P, BLOCK_C) of float32."""
-    return tl.fma(value - hi[None, :], scale.to(tl.float32)[None, :], shift.to(tl.float32)[None, :])
+    """(value − hi)·scale + shift of a tile (BLOCK_P, BLOCK_C), all of float32."""
+    return tl.fma(value - hi[None, :], scale[None, :], shift[None, :])
 
 
 @triton.jit

@@ -5,12 +5,14 @@ Requirements
     - the same bits every time: partial sums are merged in a fixed order by the program that happens to come last;
     - nothing waits for the device; offsets are 64 bits wide where 32 do not reach;
     - values are summed in float32 about a pivot, or the mean, by lanes of some hundred values, and in float64 from there on;
-    - the choice of tiles is static: ranks that tune would do so at different speeds, and others wait for them.
+    - the choice of tiles is static: ranks that tune would do so at different speeds, and others wait for them;
+    - Triton looks at the arguments of a program when it has to compile: else they cost more than the launch.
 """
 
+import functools
 import math
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,12 +21,11 @@ from torch import Tensor
 from .. import equations
 from . import Affine, GradientSums, Running, Saved, keep, move, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
-from .tiles import PLANES, ROWS, SHORT
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TILE = 2048  # values of a tile
+TILE = 2048  # values of a tile, at most
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
-PROGRAMS = 1024  # programs, about, that share the sums of a tensor
+PROGRAMS = 1024  # programs, about, that share the tiles of a tensor
 WIDE = 2**31 - TILE  # values that offsets of 32 bits reach
 
 INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
@@ -36,18 +37,42 @@ def takes(x: Tensor) -> bool:
     return placed and is_plain(x) and (x.is_contiguous() or is_channels_last(x)) and not is_watched()
 
 
-def _sizes(x: Tensor) -> dict[str, Any]:
-    """N, C, S of the memory of x and its tiles; the choice is static, so that all ranks compile the same."""
-    n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
+class Tiles(NamedTuple):
+    """How a tensor (N, C, S) is cut, for any N; the constants of a program, as tiles.py has them."""
+
+    IS_ROWS: bool
+    IS_WIDE: bool
+    UNIT: int
+    BLOCK_P: int
+    BLOCK_C: int
+
+
+@functools.cache
+def _tiles(c: int, s: int, dtype: torch.dtype, is_wide: bool, tile: int) -> Tiles:
+    """Static, so that all ranks compile the same. In small planes a thread has values, and so registers, of many channels."""
+    channels, plane = triton.next_power_of_2(c), triton.next_power_of_2(s)
     if s == 1:
-        block_c = min(triton.next_power_of_2(c), 64 if x.dtype == torch.float32 else 128)
-        kind, block_p = ROWS, TILE // block_c
-    else:
-        block_c, block_p = 1, TILE if n * s > TILE // 8 else TILE // 8
-        kind = PLANES if s >= TILE // 2 else SHORT
-    tiles = n * -(-s // block_p) if kind is PLANES else -(-n * s // block_p)
-    shape = {"n": n, "c": c, "s": s, "tiles": tiles, "KIND": kind, "IS_WIDE": x.numel() >= WIDE}
-    return shape | {"BLOCKS": -(-c // block_c), "BLOCK_P": block_p, "BLOCK_C": block_c}
+        block_c = min(channels, 64 if dtype == torch.float32 else 128, tile)
+        return Tiles(True, is_wide, math.gcd(c, 16), tile // block_c, block_c)
+    block_p = min(plane, max(tile // 8, tile // channels))
+    values = tile if plane >= tile // 16 else tile // 2
+    return Tiles(False, is_wide, math.gcd(s, 16), block_p, min(channels, max(1, values // block_p), 256))
+
+
+class Plan(NamedTuple):
+    """The launch of a kernel over the tiles of a tensor."""
+
+    numbers: tuple[int, int, int, int, int]  # N, C, S, tiles, splits
+    cut: Tiles
+    blocks: int  # of channels
+
+
+def _plan(x: Tensor) -> Plan:
+    n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
+    cut = _tiles(c, s, x.dtype, x.numel() >= WIDE, TILE)
+    blocks = -(-c // cut.BLOCK_C)
+    tiles = -(-n // cut.BLOCK_P) if cut.IS_ROWS else n * -(-s // cut.BLOCK_P)
+    return Plan((n, c, s, tiles, max(1, min(tiles, PROGRAMS // blocks))), cut, blocks)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -63,19 +88,39 @@ def _arrived(x: Tensor, blocks: int) -> Tensor:
     return _counters[key]
 
 
-def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, **constants: Any) -> None:
+def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, constants: tuple[bool, ...] = ()) -> None:
     """Launch a kernel of sums with what the splits of a sum need."""
-    sizes = _sizes(x)
-    splits = max(1, min(sizes["tiles"], PROGRAMS // sizes["BLOCKS"]))
-    partials = torch.empty(splits if splits > 1 else 0, 2, sizes["c"], dtype=torch.float64, device=x.device)
-    arrived = _arrived(x, sizes["BLOCKS"] if splits > 1 else 0)
-    _launch(kernel, x, sizes["BLOCKS"] * splits, *arguments, partials, arrived, splits=splits, **constants, **sizes)
+    plan = _plan(x)
+    splits = plan.numbers[-1]
+    partials = torch.empty(splits if splits > 1 else 0, 2, x.shape[1], dtype=torch.float64, device=x.device)
+    arrived = _arrived(x, plan.blocks if splits > 1 else 0)
+    _launch(kernel, x, plan, (*arguments, partials, arrived), constants=constants)
 
 
-def _launch(kernel: Any, x: Tensor, count: int, *arguments: Any, **sizes: Any) -> None:
-    """Launch `count` programs on the device of x."""
+# What Triton compiled, by all that it compiles for, the size of integers included.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    x: Tensor,
+    plan: Plan,
+    tensors: tuple[Tensor | None, ...],
+    floats: tuple[float, ...] = (),
+    constants: tuple[bool, ...] = (),
+) -> None:
+    """Launch a kernel over the tiles of x, on its device."""
+    numbers, cut, blocks = plan
+    arguments = (*tensors, *floats, *numbers, *constants, *cut)
+    grid = (blocks * numbers[-1], 1, 1)
+    looks = tuple(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+    key = (kernel, x.device, looks, numbers[0] >= 2**31, constants, cut)
     with torch.cuda.device_of(x):
-        kernel[(count,)](*arguments, **sizes, **OPTIONS)
+        known = _compiled.get(key)
+        if known is None:
+            _compiled[key] = kernel[grid](*arguments, **OPTIONS)
+        else:
+            known[grid](*arguments)
 
 
 def _is_vector(value: Tensor) -> bool:
@@ -110,20 +155,20 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
         move(running, equations.statistics(message))
         running = None
     mean, var, tracked, momentum = (None, None, None, 0.0) if running is None else running
-    sizes, y = _sizes(x), torch.empty_like(x)
+    y = torch.empty_like(x)
     saved = keep(affine, torch.empty_like(message), y)
     if momentum is None:
         assert tracked is not None, "momentum=None counts batches"
         tracked.add_(message[-1] > 0)
+    added = None if residual is None else like(residual, x)
+    vectors = (_vector(weight), _vector(bias), mean, var, tracked)
     _launch(
         programs.normalize,
         x,
-        sizes["BLOCKS"] * max(1, sizes["tiles"]),
-        *(x, y, None if residual is None else like(residual, x), message, saved.statistics, _vector(weight), _vector(bias)),
-        *(mean, var, tracked, *_pair(eps), *_pair(momentum or 0.0)),
-        RELU=relu,
-        IS_CUMULATIVE=momentum is None,
-        **sizes,
+        _plan(x),
+        (x, y, added, message, saved.statistics, *vectors),
+        (*_pair(eps), *_pair(momentum or 0.0)),
+        (relu, momentum is None),
     )
     if mean is not None and var is not None:
         torch.autograd.graph.increment_version((mean, var) if tracked is None else (mean, var, tracked))
@@ -137,16 +182,16 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     dweight, dbias = (statistics.new_empty(c, dtype=dtype) for _ in range(2))
     sums = GradientSums(statistics.new_empty(2 * c), dweight, dbias, passed)
     by_y = None if y is None else like(y, x)
-    by_x = (_vector(weight), _vector(bias)) if relu and y is None else (None, None)
-    _sums(programs.gradient_sums, x, like(dy, x), x, by_y, passed, statistics, *by_x, *sums[:3], RELU=relu and y is None)
+    by_x = relu and y is None
+    vectors = (_vector(weight), _vector(bias)) if by_x else (None, None)
+    given = (like(dy, x), x, by_y, passed, statistics, *vectors, *sums[:3])
+    _sums(programs.gradient_sums, x, *given, constants=(by_x,))
     return sums
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
-    sizes, dx = _sizes(x), torch.empty_like(x)
-    vectors, by_x = (_vector(saved.weight), _vector(saved.bias)), saved.relu and saved.y is None
+    dx = torch.empty_like(x)
     if x.numel():
-        count = sizes["BLOCKS"] * sizes["tiles"]
-        given = (like(dy, x), x, dx, message, saved.statistics, *vectors)
-        _launch(programs.input_gradient, x, count, *given, RELU=by_x, **sizes)
+        given = (like(dy, x), x, dx, message, saved.statistics, _vector(saved.weight), _vector(saved.bias))
+        _launch(programs.input_gradient, x, _plan(x), given, constants=(saved.relu and saved.y is None,))
     return dx
