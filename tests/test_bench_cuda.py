@@ -487,7 +487,10 @@ def test_the_merge(operators, tmp_path, capsys):
     assert {bytes_of["syncbn-aten", ranks] for ranks in ("1", "8", "512")} == {8 * 9}
     assert len({row["variant"] for row in found}) == 4 - (peers.available("syncbn", CPU) is not None)
     assert all(float(row["device_microseconds_median"]) > 0 for row in found)
-    assert re.search(r"channels +variant +W=1 +W=8 +W=512 +waits", capsys.readouterr().out)
+    assert {row["host_ahead"] for row in found} == {"0.0"}, "a CPU has no queue"
+    output = capsys.readouterr().out
+    assert re.search(r"channels +variant +W=1 +W=8 +W=512 +waits", output)
+    assert f"gaps between launches count for {', '.join(sorted({row['variant'] for row in found}))}, which" in output
 
 
 def test_the_merge_is_not_there_on_a_cpu(tmp_path, capsys):

@@ -10,6 +10,7 @@ import worlds
 from batches import Case
 from test_layer import pairs
 
+import syncbn
 from syncbn import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,6 +24,32 @@ def test_values_on_one_gpu(dtype, space, triton_from_bytes, monkeypatch):
     for layout in ("contiguous", "channels_last", "permuted"):
         case = Case(1, space=space, dtype=dtype, layout=layout)
         batches.check(case, [test_layer.on_a_rank(worlds.World(0, 1, None, "", "cuda"), case, "module")])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_elements_than_32_bits_count(layout, monkeypatch):
+    """The channels at both ends, of which the last is beyond 2^31, beside float64."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", 0)
+    x = torch.randn(3, 16, 6689, 6689, device="cuda", dtype=torch.bfloat16)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    assert kernels.pick(x) is kernels.in_triton()
+    layer = syncbn.SyncBatchNorm2d(16, momentum=1.0, device="cuda")
+    layer._force_sync = True
+    y = layer(x.requires_grad_())
+    dy = (y * y).detach()
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for channel in (0, 15):
+        wide, gradient = x[:, channel].detach().double(), dy[:, channel].double()
+        mean, var = wide.mean(), wide.var(correction=0)
+        assert abs(layer.running_mean[channel] - mean) <= 1e-6
+        xhat, invstd = (wide - mean) * (var + layer.eps).rsqrt(), (var + layer.eps).rsqrt()
+        expected = invstd * (gradient - gradient.mean() - xhat * (gradient * xhat).mean())
+        for got, want in ((y[:, channel], xhat), (dx[:, channel], expected)):
+            assert (got - want).abs().max() <= 2**-8 * want.abs().max()
 
 
 def _over_gloo(world):

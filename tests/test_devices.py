@@ -221,3 +221,4 @@ def test_streams_side_by_side(device, shape, fused):
             assert torch.equal(y, expected)
             for got, want in zip(torch.autograd.grad(y, [*leaves, *layer.parameters()], dy), gradients, strict=True):
                 assert torch.equal(got, want)
+        del outputs, y  # their graphs, whose leaves would meet the next round's streams, of which autograd warns

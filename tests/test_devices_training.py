@@ -146,6 +146,8 @@ def test_the_program_that_compute_sanitizer_watches():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 def test_compute_sanitizer_finds_nothing():
-    done = run_program("cuda", "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    # A call of CUDA that torch makes to be refused is no fault of a kernel.
+    watched = ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
+    done = run_program("cuda", *watched)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "37 steps on cuda" in done.stdout
