@@ -241,7 +241,7 @@ class Program:
     """Stands for one that Triton compiles when it has to, and for what it compiled."""
 
     def __init__(self, kernel):
-        self.kernel = kernel
+        self.kernel, self.__name__ = kernel, kernel.__name__
         self.compiled = set()
 
     def looks(self, arguments):

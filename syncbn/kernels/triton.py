@@ -82,7 +82,7 @@ def _arrived(x: Tensor, blocks: int) -> Tensor:
     """(blocks,) int32 zeros, of the stream's own: the kernels put them back. A graph gets its own, zeroed at each replay."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.zeros(blocks, dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+    key = (kernel.__name__, x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
     if key not in _counters or len(_counters[key]) < blocks:
         _counters[key] = torch.zeros(max(blocks, 4096), dtype=torch.int32, device=x.device)
     return _counters[key]
@@ -114,7 +114,7 @@ def _launch(
     arguments = (*tensors, *floats, *numbers, *constants, *cut)
     grid = (blocks * numbers[-1], 1, 1)
     looks = tuple(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
-    key = (kernel, x.device, looks, numbers[0] >= 2**31, constants, cut)
+    key = (kernel.__name__, x.device, looks, numbers[0] >= 2**31, constants, cut)
     with torch.cuda.device_of(x):
         known = _compiled.get(key)
         if known is None:
