@@ -166,6 +166,7 @@ class Call(NamedTuple):
     dtype: torch.dtype  # of the layer's input
     group: ProcessGroup | None
     sums: bool = True  # the message is [S1, S2, n] or [G1, G2]; False: a derivative of them
+    forward: Any = None  # the function.Forward it belongs to, if it was observed; None for what is no layer's
 
 
 class Observer(Protocol):

@@ -136,6 +136,16 @@ class Site(NamedTuple):
     group: Group
     channels: int | None  # what the layer was made for; None: as many as the input has
     force_sync: bool  # take the synchronized path in a process that is alone too
+    module: Any = None  # the layer itself; None: a call of the function
+
+
+class Forward:
+    """One forward of a layer, observed: the same object in its call and in those of its backward."""
+
+    __slots__ = ("__weakref__", "layer")
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer  # the module; None: a call of the function
 
 
 def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: Tensor | None = None) -> Tensor:
@@ -161,7 +171,8 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
     problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group)
+    forward = Forward(site.module) if collectives.observers() else None
+    call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
     if mask is not None or differentiable.wanted():
         return differentiable.batch_norm(x, affine, running, call, None if mask is None else _broadcast(mask, x))
     return _SyncBatchNorm.apply(x, *affine, running, call)

@@ -106,7 +106,7 @@ class _Synchronized(_BatchNorm):
 
     def _site(self) -> Site:
         """Where this layer normalizes."""
-        return Site(self._name(), self._syncbn.group, self.num_features, self._force_sync)
+        return Site(self._name(), self._syncbn.group, self.num_features, self._force_sync, self)
 
     def _name(self) -> str:
         """The layer in messages: its path if it was converted, else its class and size."""

@@ -9,6 +9,7 @@ Requirements
 import contextlib
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from . import collectives, equations
 from .collectives import Call
+from .function import Forward
 from .module import named
 
 
@@ -87,62 +89,67 @@ class Monitor:
     """An observer of the layers given, by path; `monitor` makes it."""
 
     def __init__(self, layers: dict[str, Any]) -> None:
-        self.layers = layers
+        self.paths = {layer: path for path, layer in layers.items()}
+        self.began: list[Callable[[], Callable[[], float]]] = []
+        # i (C,) and n () of the forwards whose backward may come.
+        self.pending: weakref.WeakKeyDictionary[Forward, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
         self._begin()
 
     def read(self) -> Report:
         """The figures since the beginning or the last call, which then begin anew. Between steps: waits for the device."""
         seen, spent = self.forwards.keys() | self.slacks.keys(), [elapsed() for elapsed in self.spent]
         seconds = time.perf_counter() - self.start
-        found = {path: _summary(self.forwards.get(path, []), self.slacks.get(path, [])) for path in self.layers if path in seen}
+        paths = [path for path in self.paths.values() if path in seen]
+        found = {path: _summary(self.forwards.get(path, []), self.slacks.get(path, [])) for path in paths}
         share = sum(spent) / seconds
         self._begin()
         return Report(seconds, share, len(spent), found)
 
     def _begin(self) -> None:
         self.start = time.perf_counter()
-        self.began: list[Callable[[], Callable[[], float]]] = []
         self.spent: list[Callable[[], float]] = []  # seconds of each collective
         self.forwards: dict[str, list[Tensor]] = {}  # (3,) of each call: mean_shift, std_shift, mean_over_std
-        self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}  # i (C,) and n () of calls whose backward may come
         self.slacks: dict[str, list[Tensor]] = {}  # () of each backward
 
     def before(self, call: Call, local: Tensor) -> None:
-        if call.layer in self.layers:
+        if call.forward is not None and call.forward.layer in self.paths:
             self.began.append(_stopwatch(local.device))
 
     @torch.no_grad()
     def after(self, call: Call, local: Tensor, reduced: Tensor) -> None:
-        layer = self.layers.get(call.layer)
-        if layer is None:
+        if call.forward is None or call.forward.layer not in self.paths:
             return
         self.spent.append(self.began.pop()())
-        if call.phase == "forward" and call.sums and reduced.numel() == 2 * call.channels + 1:
-            self._forward(call.layer, layer.eps, local, reduced)
-        if call.phase == "backward" and call.sums and reduced.numel() == 2 * call.channels and self.pending.get(call.layer):
-            self._backward(call.layer, layer.weight, reduced)
+        if call.sums and call.phase != "backward" and reduced.numel() == 2 * call.channels + 1:
+            self._forward(call, call.forward, local, reduced)
+        if call.sums and call.phase == "backward" and reduced.numel() == 2 * call.channels:
+            self._backward(call.forward, reduced)
 
     def failed(self, call: Call, error: BaseException) -> None:
         self.began.clear()
 
-    def _forward(self, path: str, eps: float, local: Tensor, reduced: Tensor) -> None:
+    def _forward(self, call: Call, forward: Forward, local: Tensor, reduced: Tensor) -> None:
         mean, var, n = equations.statistics(reduced)
+        invstd = (var + forward.layer.eps).rsqrt()
+        self.pending[forward] = invstd, n
+        if call.phase == "recompute":
+            return
         own_mean, own_var, own_n = equations.statistics(local)
-        invstd = (var + eps).rsqrt()
         shift = ((own_mean - mean) * invstd).square().mean().sqrt()
-        scale = ((own_var + eps).sqrt() * invstd - 1).square().mean().sqrt()
+        scale = ((own_var + forward.layer.eps).sqrt() * invstd - 1).square().mean().sqrt()
         nothing = torch.full_like(n, math.nan)
         shifts = [torch.where(own_n > 0, value, nothing) for value in (shift, scale)]
         ratio = torch.where(n > 0, (mean.abs() * invstd).max(), nothing)
-        self.forwards.setdefault(path, []).append(torch.stack([*shifts, ratio]))
-        self.pending.setdefault(path, []).append((invstd, n))
+        self.forwards.setdefault(self.paths[forward.layer], []).append(torch.stack([*shifts, ratio]))
 
-    def _backward(self, path: str, weight: Tensor | None, reduced: Tensor) -> None:
-        invstd, n = self.pending[path].pop()
+    def _backward(self, forward: Forward, reduced: Tensor) -> None:
+        if forward not in self.pending:
+            return
+        (invstd, n), weight = self.pending[forward], forward.layer.weight
         sum_dy, sum_dy_xmu = reduced.chunk(2)
         scale = invstd if weight is None else invstd * weight
         slack = (scale.square() * (sum_dy.square() + (sum_dy_xmu * invstd).square())).sum() / n.clamp(min=1)
-        self.slacks.setdefault(path, []).append(slack)
+        self.slacks.setdefault(self.paths[forward.layer], []).append(slack)
 
 
 def _summary(forwards: list[Tensor], slacks: list[Tensor]) -> LayerReport:

@@ -59,20 +59,22 @@ def expected(sizes, rank):
     found = {}
     for path, calls in seen.items():
         weight = model.get_submodule(path).weight
-        rows = []
-        for x, g in calls:
-            n, own = len(x), x.split(list(sizes))[rank]
-            mean, invstd = x.mean(0), (x.var(0, correction=0) + EPS).rsqrt()
-            normalized = (x - mean) * invstd
-            shift = ((own.mean(0) - mean) * invstd).square().mean().sqrt().item()
-            scale = ((own.square().mean(0) - own.mean(0).square() + EPS).sqrt() * invstd - 1).square().mean().sqrt().item()
-            gamma = 1 if weight is None else weight.detach()
-            slack = (gamma**2 * invstd**2 * (g.sum(0) ** 2 + (g * normalized).sum(0) ** 2) / n).sum().item()
-            rows.append((shift, scale, (mean.abs() * invstd).max().item(), slack))
+        rows = [figures(x, x.split(list(sizes))[rank], g, weight) for x, g in calls]
         shifts, scales, ratios, slacks = zip(*rows, strict=True)
         mean_of = [sum(values) / len(rows) for values in (shifts, scales, slacks)]
         found[path] = (*mean_of[:2], max(ratios), 1e-14 * max(ratios) ** 2, mean_of[2])
     return found
+
+
+def figures(x, own, g, weight):
+    """Of one call with input x, `own` this rank's, and output gradient g: mean_shift, std_shift, ratio, slack."""
+    mean, invstd = x.mean(0), (x.var(0, correction=0) + EPS).rsqrt()
+    normalized = (x - mean) * invstd
+    shift = ((own.mean(0) - mean) * invstd).square().mean().sqrt().item()
+    scale = ((own.square().mean(0) - own.mean(0).square() + EPS).sqrt() * invstd - 1).square().mean().sqrt().item()
+    gamma = 1 if weight is None else weight.detach()
+    slack = (gamma**2 * invstd**2 * (g.sum(0) ** 2 + (g * normalized).sum(0) ** 2) / len(x)).sum().item()
+    return shift, scale, (mean.abs() * invstd).max().item(), slack
 
 
 def _watched(world, wrap):
@@ -151,6 +153,92 @@ def test_checkpointed_masked_and_forward_mode_calls():
     )
     assert "syncbn/SyncBatchNorm1d/smoothness_slack" not in masked.flat()
     assert forward.layers["SyncBatchNorm1d"].mean_over_std == pytest.approx(plain.layers["SyncBatchNorm1d"].mean_over_std)
+
+
+def layer_and_calls(count):
+    """A layer, and for each call of it an input at another scale and an output gradient."""
+    torch.manual_seed(0)
+    layer = syncbn.SyncBatchNorm1d(4, EPS).double()
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    return layer, [(torch.randn(6, 4).double() * 10**k + k, torch.randn(6, 4).double()) for k in range(count)]
+
+
+def slack(layer, x, g):
+    return figures(x, x, g, layer.weight)[-1]
+
+
+def test_a_backward_is_that_of_its_own_forward():
+    """In the order of the forwards, beside a forward that has none, and twice through one graph."""
+    layer, ((x, g), (z, h), (unused, _)) = layer_and_calls(3)
+    with syncbn.monitor(layer) as watching:
+        y, v = layer(x), layer(z)
+        with torch.no_grad():
+            layer(unused)
+        y.backward(g, retain_graph=True)
+        v.backward(h)
+        in_order = watching.read().layers["SyncBatchNorm1d"].smoothness_slack
+        y.backward(h)
+        again = watching.read().layers["SyncBatchNorm1d"].smoothness_slack
+    assert in_order == pytest.approx((slack(layer, x, g) + slack(layer, z, h)) / 2, rel=1e-9)
+    assert again == pytest.approx(slack(layer, x, h), rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}, {"context": True}], ids=str)
+def test_a_checkpointed_backward_is_that_of_its_own_forward(options):
+    layer, ((x, g), (z, h)) = layer_and_calls(2)
+    x.requires_grad_()
+    z.requires_grad_()
+    if options == {"context": True}:
+        options = {"use_reentrant": False, "context_fn": syncbn.checkpoint_context}
+    with syncbn.monitor(layer) as watching:
+        y, v = checkpoint(layer, x, **options), checkpoint(layer, z, **options)
+        y.backward(g)
+        v.backward(h)
+        report = watching.read().layers["SyncBatchNorm1d"]
+    rows = [figures(x.detach(), x.detach(), g, layer.weight), figures(z.detach(), z.detach(), h, layer.weight)]
+    assert report.smoothness_slack == pytest.approx((rows[0][-1] + rows[1][-1]) / 2, rel=1e-9)
+    assert report.mean_over_std == pytest.approx(max(rows[0][2], rows[1][2]), rel=1e-9)
+
+
+def test_what_waits_for_a_backward_goes_with_its_graph():
+    layer, ((x, g),) = layer_and_calls(1)
+    with syncbn.monitor(layer) as watching:
+        y = layer(x)
+        layer(x)
+        assert len(watching.pending) == 1
+        y.backward(g)
+        del y
+        assert len(watching.pending) == 0
+
+
+@pytest.mark.parametrize("width", [6, 5])
+def test_a_model_with_the_same_names_is_not_seen(width):
+    """Of as many channels, and of others."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, EPS), nn.Linear(6, 3))
+    other = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width, EPS), nn.Linear(width, 1))
+    first, other = (syncbn.convert(model).double() for model in (first, other))
+    seen = {}
+    for model in (first, other):
+        model[1].register_forward_pre_hook(lambda layer, args: seen.update({layer: [args[0].detach()]}))
+        model[1].register_forward_hook(lambda layer, args, y: y.register_hook(seen[layer].append) and None)
+    with syncbn.monitor(first) as mine, syncbn.monitor(other) as theirs:
+        other(first(torch.randn(8, 4).double()) * 100).mean().backward()
+        reports = mine.read(), theirs.read()
+    for model, report in zip((first, other), reports, strict=True):
+        x, g = seen[model[1]]
+        assert report.collectives == 2
+        (found,) = report.layers.values()
+        want = figures(x, x, g, model[1].weight)
+        assert (found.mean_over_std, found.smoothness_slack) == pytest.approx(want[2:], rel=1e-9)
+
+
+def test_a_layer_that_is_named_anew_inside_is_seen():
+    net = nn.ModuleDict({"body": syncbn.convert(nn.Sequential(nn.BatchNorm1d(2)))})
+    with syncbn.monitor(net) as outer, syncbn.monitor(net["body"]) as inner:
+        net["body"](torch.randn(4, 2))
+        assert list(outer.read().layers) == ["body.0"]
+        assert list(inner.read().layers) == ["0"]
 
 
 def test_other_models_are_not_seen_and_names_come_back():
