@@ -56,7 +56,8 @@ def _make(cls: type[Any]) -> type[nn.Module]:
     name = f"Sync{cls.__name__}"
     if issubclass(cls, LazyModuleMixin) and cls.cls_to_become is not None:
         becomes = synchronized_class(cls.cls_to_become)
-        return types.new_class(name, (_Lazy, cls), {}, lambda body: body.update(wraps=cls, cls_to_become=becomes))
+        lazy = (_Lazy, cls, _Synchronized)
+        return types.new_class(name, lazy, {}, lambda body: body.update(wraps=cls, cls_to_become=becomes))
     ours = next((mine for torchs, mine in OURS.items() if issubclass(cls, torchs)), SyncBatchNorm)
     mixin = _ByOrigin if cls.forward is _BatchNorm.forward else _Redirected
     return types.new_class(name, (mixin, cls, ours), {}, lambda body: body.update(wraps=cls))

@@ -182,6 +182,22 @@ def test_layers_of_torch_have_the_ranks_shares_as_mini_batches(pooled):
         check(state, network().state_dict(), calls, pooled, 1e-12)
 
 
+def _lazy(world, steps):
+    model = syncbn.convert(nn.Sequential(nn.LazyBatchNorm2d(dtype=torch.float64)), world.group)
+    update_bn_stats(model, loader(steps, world.rank, world.size, torch.float64), progress=False)
+    assert type(model[0]) is syncbn.SyncBatchNorm2d
+    return model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_layer_stays_converted_and_has_the_population_of_all_ranks():
+    table = STEPS["unequal"]
+    model = nn.Sequential(nn.BatchNorm2d(2, dtype=torch.float64))
+    calls = inputs_of(model, whole_batches(table, 2)[0])
+    for state in worlds.run(2, _lazy, table):
+        check(state, model.state_dict(), calls, False, 1e-12)
+
+
 def _pairs(world, table):
     model = syncbn.convert(network(), group_size=2)
     update_bn_stats(model, loader(table, world.rank, 4, torch.float64), progress=False)

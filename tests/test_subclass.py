@@ -305,6 +305,29 @@ def test_the_first_forward_of_a_lazy_layer_is_synchronized(name, factor):
         tolerance.check("running_mean", mean, expected.running_mean)
 
 
+def _lazy_inside(world):
+    """The names that contexts give a lazy model, and the running mean that is moved once for two batches."""
+    layer = nn.LazyBatchNorm1d(momentum=0.5, dtype=torch.float64)
+    model = syncbn.convert(nn.Sequential(layer), world.group)
+    with syncbn.checked(model), syncbn.monitor(model) as watching, syncbn.accumulate_statistics(model):
+        for k in range(2):
+            model(lazy_input(world.rank, k))
+        report = watching.read()
+    return list(report.layers), report.collectives, layer.running_mean, layer.num_batches_tracked.item()
+
+
+def lazy_input(rank, k):
+    return torch.randn(2 + rank + k, C, dtype=torch.float64, generator=torch.Generator().manual_seed(2 * rank + k)) + k + rank
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_layer_is_one_of_ours_before_its_first_forward():
+    every = torch.cat([lazy_input(rank, k) for rank in range(2) for k in range(2)])
+    for names, collectives, mean, count in worlds.run(2, _lazy_inside):
+        assert (names, collectives, count) == (["0"], 2, 1)
+        tolerance.check("running_mean", mean, 0.5 * every.mean(0))
+
+
 def parametrized():
     model = nn.Sequential(nn.BatchNorm2d(C), Scaled(C))
     for layer in model:
