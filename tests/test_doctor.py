@@ -18,6 +18,7 @@ from torch import nn
 
 from syncbn import collectives, kernels
 from syncbn.__main__ import main
+from syncbn.convert import convert
 from syncbn.doctor import exact, finding, latency, model, place, run
 from syncbn.doctor.latency import Key, Measured, Taken
 from syncbn.doctor.model import Collective, Layer, Steps
@@ -85,6 +86,41 @@ def without_batch_norm():
 
 def only_a_model():
     return Small()
+
+
+def that_exits():
+    sys.exit(0)
+
+
+def that_exits_in_its_forward():
+    made, x = small()
+    made.register_forward_pre_hook(lambda module, inputs: that_exits())
+    return made, x
+
+
+def that_cannot_be_converted():
+    class Own(nn.SyncBatchNorm):
+        pass
+
+    return nn.Sequential(Own(16)), torch.randn(2, 16, 3, 3)
+
+
+def that_cannot_be_moved():
+    made, x = small()
+    made.to = that_exits
+    return made, x
+
+
+def each_rank_by_itself():
+    return convert(Small(), group_size=1), torch.randn(2, 16, 3, 3)
+
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d()), torch.randn(4, 3, 8, 8)
+
+
+def lazy_of_another_input():
+    return lazy()[0], torch.randn(4)
 
 
 def without_gradient():
@@ -236,6 +272,10 @@ MODELS = {
     "one_rank_fails": "no model on rank 1, test_doctor:one_rank_fails failed with OSError: no such file of weights: give",
     "without_batch_norm": "no model on ranks 0-3, test_doctor:without_batch_norm gave a Linear without batch norm layers",
     "only_a_model": "test_doctor:only_a_model returned Small; expected (model, input)",
+    "that_exits": "no model on ranks 0-3, test_doctor:that_exits failed with SystemExit: 0: give",
+    "that_cannot_be_converted": "test_doctor:that_cannot_be_converted failed with ValueError: given class that_cannot_be_",
+    "that_cannot_be_moved": "test_doctor:that_cannot_be_moved failed with TypeError: that_exits() takes 0 positional",
+    "lazy_of_another_input": "test_doctor:lazy_of_another_input failed with RuntimeError: Expected",
     "no_such_function": "failed with AttributeError: module 'test_doctor' has no attribute 'no_such_function'",
 }
 
@@ -246,6 +286,24 @@ def test_a_model_that_cannot_be_examined(name):
     (line,) = bad(lines)
     assert status == 1
     assert MODELS[name] in line
+
+
+def test_layers_that_synchronize_with_no_other_rank():
+    status, lines = examined("nothing", (), f"--model={MODULE}:each_rank_by_itself")
+    assert (status, lines[-1]) == (0, "everything holds")
+    assert "ok   a step of the model issues the same collectives on every rank" in lines
+    assert not any("times as long" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_layers_get_their_sizes_from_the_input():
+    status, lines = examined("nothing", (), f"--model={MODULE}:lazy")
+    assert (status, lines[-1]) == (0, "everything holds")
+    (line,) = [line for line in lines if re.match(r"1 +6 +2 ", line)]
+    assert line.split()[:4] == ["1", "6", "2", str(8 * (13 + 12))]
+    loaded = model.load(f"{MODULE}:lazy", CPU)
+    assert loaded.model.training
+    assert loaded.model[1].num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(
@@ -376,16 +434,21 @@ def test_a_process_that_is_alone_is_examined_too(capsys, monkeypatch):
     assert len(bad(capsys.readouterr().out.splitlines())) == 4
 
 
-def test_a_model_that_fails_in_its_step(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("without_gradient", "ValueError: the model's output has no tensor that"),
+        ("that_exits_in_its_forward", "SystemExit: 0; look for the first error"),
+    ],
+)
+def test_a_model_that_fails_in_its_step(name, message, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     try:
-        assert main(["doctor", "--model", f"{MODULE}:without_gradient"]) == 1
+        assert main(["doctor", "--model", f"{MODULE}:{name}"]) == 1
     finally:
         torch.distributed.destroy_process_group()
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(
-        "syncbn doctor: rank 0: the examination ended with ValueError: the model's output has no tensor that"
-    )
+    assert error.startswith(f"syncbn doctor: rank 0: the examination ended with {message}")
 
 
 def test_a_gpu_that_is_not_there(capsys, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import collectives
 from ..collectives import Call
@@ -47,15 +48,19 @@ def load(name: str, device: torch.device) -> Loaded | str:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # the user's code may raise anything
+        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
+            return f"{name} returned {type(made).__name__}; expected (model, input): a module and a tensor, or a tuple of them"
+        model, inputs = made[0], made[1] if isinstance(made[1], tuple) else (made[1],)
+        inputs = tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs)
+        model = convert(model).to(device)
+        if not layers(model):
+            return f"{name} gave a {type(model).__name__} without batch norm layers; expected one or more"
+        if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
+            with torch.no_grad():
+                model.eval()(*inputs)  # gives them their sizes, without a collective
+        return Loaded(model.train(), inputs)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         return f"{name} failed with {type(error).__name__}: {error}"
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
-        return f"{name} returned {type(made).__name__}; expected (model, input): a module and a tensor, or a tuple of them"
-    model, inputs = made[0], made[1] if isinstance(made[1], tuple) else (made[1],)
-    model = convert(model).to(device).train()
-    if not layers(model):
-        return f"{name} gave a {type(model).__name__} without batch norm layers; expected one or more"
-    return Loaded(model, tuple(value.to(device) if isinstance(value, Tensor) else value for value in inputs))
 
 
 def layers(model: nn.Module) -> list[Layer]:
@@ -203,7 +208,7 @@ def judge(steps: Sequence[Steps], taken: Mapping[Key, Taken]) -> list[Finding]:
         advice = "let every rank run the same layers in the same order"
         return [Finding(f"the collectives of a step differ between ranks, {told}, first where {where}", advice)]
     now, waited = predicted(steps[0].collectives, taken), max(step.in_collectives for step in steps)
-    if len(steps) > 1 and waited > MUCH * now:
+    if len(steps) > 1 and 0 < MUCH * now < waited:
         told = f"ranks spend {waited / now:.1f} times as long in the model's collectives as the collectives take alone"
         return [Finding(told, "ranks wait for each other: give them equal work, and cores of their own", note=True)]
     return [Finding("a step of the model issues the same collectives on every rank")]

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     try:
         status = examine(options, device)
-    except Exception as error:  # whatever the user's model, or a peer that is gone, may raise
+    except (Exception, SystemExit) as error:  # whatever the user's model, or a peer that is gone, may raise
         traceback.print_exception(error)
         say(f"the examination ended with {_first_line(error)}; look for the first error among the ranks")
         return 1
@@ -142,5 +142,5 @@ def say(message: str) -> None:
     print(f"syncbn doctor: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
