@@ -47,7 +47,10 @@ def update_bn_stats(
     Each rank brings its own loader. A rank with fewer batches than others goes on with empty ones, made from its last
     by x[:0], which the model has to take. A layer called twice in a forward has two mini-batches. Batches of m = 1 have no
     variance and count for the mean alone; a layer that sees no value keeps its statistics. Every rank of the layers' groups
-    calls this, with the same model. A model compiled by torch.compile runs eagerly.
+    calls this, with the same model, and every rank of the job where a layer has a group_size: groups of a size run forwards
+    together to the end of the longest loader, so that fully_shard may gather over all of them. Layers whose groups were given
+    as such go on with their own group only: under fully_shard over more ranks than these, bring as many batches to each. A
+    model compiled by torch.compile runs eagerly.
 
     **Which layers.** Those in training mode; all of them if no module of the model is in training mode. So layers in eval mode
     in a training model are frozen: they normalize by their statistics and keep them, as do modules that are no nn.BatchNorm*.
@@ -82,7 +85,7 @@ def update_bn_stats(
         if not any(_tracks(layer) for layer in layers):
             return
         local = stack.enter_context(_synchronized(layers))
-        groups = _groups(layers, local)
+        groups = _groups(layers)
         stack.enter_context(Calls([layer for layer in layers if _tracks(layer)], add).watch())
         bar = stack.enter_context(_progress(loader, num_batches, progress))
         for inputs in _steps(loader, num_batches, groups, _device(layers)):
@@ -182,9 +185,12 @@ def _synchronized(layers: list[Any]) -> Iterator[list[Any]]:
             revert(layer)
 
 
-def _groups(layers: list[Any], local: list[Any]) -> list[ProcessGroup]:
-    """The groups of more than one rank whose ranks run forwards together, in the order of the layers."""
-    found = [Group().resolve() if layer in local else layer.process_group for layer in layers]
+def _groups(layers: list[Any]) -> list[ProcessGroup]:
+    """The groups of more than one rank whose ranks run forwards together, in the order of the layers.
+
+    All ranks of the job, where groups are given by size, as those of torch's layers are: fully_shard gathers over all of them.
+    """
+    found = [Group().resolve() if layer._syncbn.group.group_size else layer.process_group for layer in layers]
     return [group for group in dict.fromkeys(found) if group is not None and group.size() > 1]
 
 

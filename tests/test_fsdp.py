@@ -148,6 +148,42 @@ def test_mixed_precision_keeps_statistics_exact():
         torch.testing.assert_close(moved, -0.1 * grad)
 
 
+BATCHES = [(2, 3, 1, 2), (1, 2, 4, 3), (None, None, 2, 0), (None, None, None, 2)]  # samples of each rank; None: has run out
+
+
+def _population_of_pairs(world):
+    """Parameters are gathered from all ranks in each forward, statistics are of two of them."""
+    torch.manual_seed(0)
+    model = syncbn.convert(network(), group_size=2)
+    for block in model:
+        fully_shard(block)
+    fully_shard(model)
+    mine = [data(step, [shares[world.rank]])[0] for step, shares in enumerate(BATCHES) if shares[world.rank] is not None]
+    syncbn.update_bn_stats(model, [x + world.rank for x in mine], progress=False)
+    return state_of(model)
+
+
+def test_groups_in_one_sharded_model_may_have_other_numbers_of_batches():
+    for rank, state in enumerate(worlds.run_fresh(4, _population_of_pairs, timeout=100, group_timeout=20)):
+        pair = (0, 1) if rank < 2 else (2, 3)
+        model, seen = network(), {1: [], 4: []}
+        model[0][1].register_forward_hook(lambda layer, args, y, seen=seen: seen[1].append(args[0].transpose(0, 1).flatten(1)))
+        model[1][2].register_forward_hook(lambda layer, args, y, seen=seen: seen[4].append(args[0].t()))
+        with torch.no_grad():
+            for step, shares in enumerate(BATCHES):
+                parts = [data(step, [shares[of]])[0] + of for of in pair if shares[of] is not None]
+                if parts:
+                    model(torch.cat(parts))
+        for name, calls in (("0.1", seen[1]), ("1.2", seen[4])):
+            several = [x for x in calls if x.shape[1] > 1]
+            n = sum(x.shape[1] for x in several)
+            mean = torch.cat(calls, 1).mean(1)
+            var = sum(x.var(1) * x.shape[1] for x in several) / n
+            assert state[f"{name}.num_batches_tracked"] == len(calls)
+            torch.testing.assert_close(state[f"{name}.running_mean"], mean, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(state[f"{name}.running_var"], var, rtol=1e-12, atol=1e-12)
+
+
 def _two_dimensions(world):
     """2 × 2 ranks: the two of a "tp" row hold the same data, so statistics and gradients go over "dp" alone."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
