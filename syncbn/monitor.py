@@ -3,6 +3,7 @@
 Requirements
     - no collective, no pass over data, no wait for the device but in `read`; the bits of a distributed run stay;
     - figures of one rank: what it sees of itself beside the sums of all;
+    - a layer is known by itself and a backward by its forward, not by names or by order: other models may run between;
     - nothing is left behind in the model.
 """
 
