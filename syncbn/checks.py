@@ -7,33 +7,16 @@ Requirements
 """
 
 import contextlib
-import hashlib
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from . import collectives
 from .collectives import Call, CollectiveError, Group, ProcessGroup
-from .control import Side, ranks_of, side_group
+from .control import Place, Rows, Side, digest, listed, ranks_of, side_group
 from .module import named
-
-CALL, LEFT, FAILED = range(3)
-
-
-class _Row(NamedTuple):
-    """What a rank says before a collective, or at the end: integers, for the comparison."""
-
-    kind: int
-    number: int  # of collectives before this one
-    layer: int  # digest of the name
-    phase: int  # digest
-    channels: int
-    dtype: int  # digest
-    group_size: int
-    group: int  # digest of its ranks
-    finite: int  # whether the message of this rank is
 
 
 @contextlib.contextmanager
@@ -46,8 +29,9 @@ def checked(model: nn.Module) -> Iterator[None]:
     Without it, ranks that run different programs stand still until the timeout, add up sums of different layers, or, on Gloo,
     are ended by the backend when the sizes differ. Inside, layer, number of the call, phase, channels, dtype and group have to
     agree; at the first difference every rank raises the same error at once: who is where. A rank that leaves the context, or
-    fails in it, tells the others at their next collective, and waits for it no longer than the group's timeout. A rank that is
-    gone or frozen is named when the backend notices, at the latest at the timeout.
+    fails in it, tells the others at their next collective, or step of `even_steps` over the same ranks, and waits for it no
+    longer than the group's timeout. A rank that is gone or frozen is named when the backend notices, at the latest at the
+    timeout.
 
     What is compared is every collective of a layer of ours that runs inside, of whatever model: `model` gives the names, and
     the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All of these
@@ -92,34 +76,23 @@ class _Checks:
 
     def __init__(self, side: Side) -> None:
         self.side = side
-        side.uses += 1
-        self.number = 0
-        self.over = False  # the ranks have been told to stop, or cannot be reached
+        self.errors = side.errors  # before
+        self.number = 0  # of calls
+        self.broken = False  # the ranks cannot be reached
         self.warned = False
 
     def before(self, call: Call, local: Tensor) -> None:
         ranks = ranks_of(call.group)
+        where, what = f"in {call.layer} {call.phase}", f"{call.channels} channels, {call.dtype}"
+        details = f"{what}, group of ranks {', '.join(map(str, ranks))}"
         finite = bool(local.isfinite().all())
-        row = _Row(
-            CALL,
-            self.number,
-            _digest(call.layer),
-            _digest(call.phase),
-            call.channels,
-            _digest(str(call.dtype)),
-            len(ranks),
-            _digest(str(ranks)),
-            finite,
-        )
-        where = f"in {call.layer} {call.phase}"
-        details = f"{call.channels} channels, {call.dtype}, group of ranks {', '.join(map(str, ranks))}"
-        rows = self._meet(row, where, details)
+        rows = self._meet(f"{where} {what}", where, details, (len(ranks), digest(str(ranks)), finite), _complete)
         self.number += 1
-        suspects = [rank for rank, row in zip(self.side.ranks, rows, strict=True) if not row.finite]
+        suspects = [rank for rank, (_, _, finite) in zip(self.side.ranks, rows, strict=True) if not finite]
         if suspects and not self.warned:
             self.warned = True
             warnings.warn(
-                f"NaN or Inf in the share of {_ranks(suspects)} of {len(rows)} in {call.layer} {call.phase}, "
+                f"NaN or Inf in the share of {listed(suspects)} of {len(rows)} in {call.layer} {call.phase}, "
                 f"call {self.number}",
                 stacklevel=2,
             )
@@ -128,74 +101,42 @@ class _Checks:
 
     def failed(self, call: Call, error: BaseException) -> None:
         """The error is on its way on this rank; the others are in the same collective, and hear of it from the backend."""
-        self.over = True
+        self.broken = True
+
+    @property
+    def over(self) -> bool:
+        """The ranks have been told to stop, by whichever message, or cannot be reached."""
+        return self.broken or self.side.errors > self.errors
 
     def leave(self, error: BaseException | None) -> None:
         """Take part once more, as one that left or failed; raises only if this rank has no error of its own."""
         if self.over:
             return
-        row = _Row(LEFT if error is None else FAILED, self.number, 0, 0, 0, 0, 0, 0, 1)
-        where = "out of the context" if error is None else f"failed: {type(error).__name__}: {error}"
         try:
-            self._meet(row, where, "")
+            if error is None:
+                self._meet("left", "out of the context")
+            else:
+                self._meet("failed", f"failed: {type(error).__name__}: {error}")
         except CollectiveError:
             if error is None:
                 raise
 
-    def _meet(self, row: _Row, where: str, details: str) -> list[_Row]:
-        """The rows of all ranks, if they agree. `where` says in words where this rank is."""
+    def _meet(
+        self,
+        key: str,
+        where: str,
+        details: str = "",
+        values: Sequence[int] = (),
+        agree: Callable[[Rows], bool] = lambda rows: True,
+    ) -> Rows:
+        """The values of all ranks, if they agree."""
         if self.over:
             raise CollectiveError(f"{where}: checked mode ended before, with an error on every rank; expected nothing after it")
-        try:
-            rows = [_Row(*values) for values in self.side.gather_rows(row)()]
-            if _agree(rows):
-                return rows
-            told = self.side.gather_objects((where, details))
-        except CollectiveError as error:
-            self.over = True
-            raise self._alone(row, where) from error
-        self.over = True
-        raise CollectiveError(_verdict(self.side.ranks, rows, told))
-
-    def _alone(self, row: _Row, where: str) -> CollectiveError:
-        """The error of a rank whose message was not answered."""
-        absent = self.side.absent(f"use {self.side.uses} call {row.number}")
-        who = _ranks(self.side.ranks[rank] for rank in absent) if absent else "a rank"
-        return CollectiveError(
-            f"no answer from {who} at call {row.number + 1}, where rank {self.side.ranks[self.side.rank]} is {where}: gone, "
-            f"frozen, or elsewhere for longer than {self.side.timeout}; expected every rank there: look at its own messages"
-        )
+        at = f"call {self.number + 1}"
+        return self.side.gather_rows(Place(f"{at} {key}", where, details, at), values, agree)()
 
 
-def _agree(rows: list[_Row]) -> bool:
-    """Whether all ranks are at the same call, each with all others of its group; or all at the end."""
-    if len({row[:6] for row in rows}) > 1:
-        return False
-    groups = [(row.group_size, row.group) for row in rows]
-    return rows[0].kind != CALL or all(groups.count(group) == group[0] for group in groups)
-
-
-def _verdict(ranks: list[int], rows: list[_Row], told: list[tuple[str, str]]) -> str:
-    """Who is where, fewest ranks first; with what else differs, if the place does not."""
-    same_place = len({where for where, _ in told}) == 1
-    places: dict[str, list[int]] = {}
-    for rank, (where, details) in zip(ranks, told, strict=True):
-        places.setdefault(f"{where} ({details})" if same_place else where, []).append(rank)
-    found: list[str] = []
-    for place, there in sorted(places.items(), key=lambda item: len(item[1])):
-        verb = "" if found or place.startswith("failed") else "are " if len(there) > 1 else "is "
-        found.append(f"{_ranks(there)} {verb}{place}")
-    return (
-        f"ranks differ at call {max(row.number for row in rows) + 1}: {', '.join(found)}; expected the same calls in the same "
-        "order on every rank: look for a condition that depends on the rank or its data"
-    )
-
-
-def _ranks(ranks: Any) -> str:
-    named = list(ranks)
-    return f"rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
-
-
-def _digest(text: str) -> int:
-    """63 bits of a hash, the same on every rank."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+def _complete(rows: Rows) -> bool:
+    """Whether each rank is at the call with all others of its group."""
+    groups = [(size, group) for size, group, _ in rows]
+    return all(groups.count((size, group)) == size for size, group in groups)

@@ -1,13 +1,18 @@
 """Control traffic: small messages about a run, beside the statistics. With collectives.py all that calls torch.distributed.
 
-Requirements: over Gloo on the CPU, so that no GPU waits; with the timeout of the group that it is for.
+Requirements
+    - over Gloo on the CPU, so that no GPU waits; with the timeout of the group that it is for;
+    - rows of one size, whatever they are for, that say where in its program a rank is: ranks in different places find out from
+      the same rows, and all raise the same error, which says who is where.
 """
 
+import hashlib
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,9 +20,12 @@ import torch.distributed as dist
 from .collectives import CollectiveError, ProcessGroup, rank_and_size, timeout
 
 ABSENT_SECONDS = 1.0  # in which the ranks that wait for the same message find that out
+VALUES = 3  # in a row, beside the digest of the place
 
 # Gloo beside each group, for control messages; they go when it does.
 _sides: weakref.WeakKeyDictionary[ProcessGroup, "Side"] = weakref.WeakKeyDictionary()
+
+Rows = list[list[int]]  # (size, VALUES), by rank
 
 
 def side_group(group: ProcessGroup) -> "Side":
@@ -25,6 +33,15 @@ def side_group(group: ProcessGroup) -> "Side":
     if group not in _sides:
         _sides[group] = Side(group)
     return _sides[group]
+
+
+class Place(NamedTuple):
+    """Where in its program a rank sends a message."""
+
+    key: str  # the same on ranks that are in the same place
+    where: str  # in words
+    details: str = ""  # in words, where those of `where` are the same
+    at: str = ""  # in words, if they are the same on all ranks
 
 
 class Side:
@@ -38,58 +55,127 @@ class Side:
         self.store: Any = dist.PrefixStore(f"syncbn/{group.group_name}", dist.distributed_c10d._get_default_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout(group)
         self.ranks = ranks_of(group)  # in the job
-        self.uses = 0  # of checked mode: the same number on every rank
+        self.sent = 0  # rows
+        self.errors = 0  # raised here
+        self.loops = 0  # of even_steps: the same number on every rank
+        self._under_way: Callable[[], Rows] | None = None
         self._gloo: Any = dist.ProcessGroupGloo(self.store, self.rank, self.size, self.timeout)
 
-    def gather_rows(self, row: Sequence[int]) -> Callable[[], list[list[int]]]:
-        """Send a row of integers to every rank and do not wait; the function returned waits for all rows, by rank.
+    def gather_rows(
+        self, place: Place, values: Sequence[int] = (), agree: Callable[[Rows], bool] = lambda rows: True
+    ) -> Callable[[], Rows]:
+        """Send up to VALUES integers to every rank and do not wait; the function returned waits for all rows, by rank.
+
+        One message at a time is under way, the one before is waited for: all ranks know of a difference before the next one.
+
+        Args:
+            place: of this rank; the same key is expected on every rank.
+            agree: whether rows of the same place fit together.
 
         Raises:
-            CollectiveError, from either: a rank is gone, or did not come within the timeout.
+            CollectiveError, from either: on every rank, ranks are in different places, now or in the message before; or a rank
+                is gone, or did not come within the timeout.
         """
-        gathered = self._gather(torch.tensor(row, dtype=torch.int64, device="cpu"))
-        return lambda: gathered().tolist()
+        if self._under_way is not None:
+            self._under_way()
+        self.sent += 1
+        row = [digest(place.key), *values, *[0] * (VALUES - len(values))]
+        posted = self._gather(place, torch.tensor(row, dtype=torch.int64, device="cpu"))
+        found: Future[Rows] = Future()
 
-    def gather_objects(self, value: Any) -> list[Any]:
+        def answer() -> Rows:
+            if not found.done():
+                self._under_way = None
+                try:
+                    found.set_result(self._same(place, posted().tolist(), agree))
+                except CollectiveError as error:
+                    found.set_exception(error)
+            return found.result()
+
+        self._under_way = answer
+        return answer
+
+    def gather_objects(self, value: Any, place: Place | None = None) -> list[Any]:
         """Every rank's value, by rank: pickled, and waited for. CollectiveError as `gather_rows`."""
+        place = place or Place("objects", "in an exchange of objects")
         data = pickle.dumps(value)
-        lengths = [length for (length,) in self.gather_rows([len(data)])()]
+        lengths = [length for length, *_ in self.gather_rows(place, [len(data)])()]
         local = torch.frombuffer(bytearray(data.ljust(max(lengths), b"\0")), dtype=torch.uint8)
-        rows = self._gather(local)()
+        rows = self._gather(place, local)()
         return [pickle.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
-    def _gather(self, local: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _gather(self, place: Place, local: torch.Tensor) -> Callable[[], torch.Tensor]:
         """The rows of all ranks, (size, *local.shape), once the function returned has waited for them."""
         rows = local.new_zeros(self.size, *local.shape)
         try:
             work = self._gloo.allgather([list(rows.unbind())], [local])
         except RuntimeError as error:
-            raise self._error() from error
+            raise self._unanswered(place) from error
 
         def wait() -> torch.Tensor:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise self._error() from error
+                raise self._unanswered(place) from error
             return rows
 
         return wait
 
-    def absent(self, what: str) -> list[int]:
-        """The ranks that do not say in a moment that they wait in vain at `what` too; empty if the store does not answer."""
+    def _same(self, place: Place, rows: Rows, agree: Callable[[Rows], bool]) -> Rows:
+        """The values in the rows, if all ranks are in the same place."""
+        values = [row[1:] for row in rows]
+        if len({key for key, *_ in rows}) == 1 and agree(values):
+            return values
+        told = self.gather_objects(place, place._replace(key="told"))
+        self.errors += 1
+        self.loops = 0  # they may have begun different numbers
+        raise CollectiveError(_difference(self.ranks, told))
+
+    def _unanswered(self, place: Place) -> CollectiveError:
+        self.errors += 1
+        absent = self._absent()
+        who = listed(self.ranks[rank] for rank in absent) if absent else "a rank"
+        return CollectiveError(
+            f"no answer from {who}{place.at and f' at {place.at}'}, where rank {self.ranks[self.rank]} is {place.where}: gone, "
+            f"frozen, or elsewhere for longer than {self.timeout}; expected every rank there: look at its own messages"
+        )
+
+    def _absent(self) -> list[int]:
+        """The ranks that do not say in a moment that they wait in vain for this message too; empty if the store is gone."""
         try:
-            self.store.set(f"{what}/{self.rank}", "waits")
+            self.store.set(f"message {self.sent}/{self.rank}", "waits")
             time.sleep(ABSENT_SECONDS)
-            return [rank for rank in range(self.size) if not self.store.check([f"{what}/{rank}"])]
+            return [rank for rank in range(self.size) if not self.store.check([f"message {self.sent}/{rank}"])]
         except RuntimeError:
             return []
 
-    def _error(self) -> CollectiveError:
-        rank, size = rank_and_size()
-        return CollectiveError(
-            f"a control message of rank {rank} of {size} in a group of {self.size} got no answer; expected every rank of the "
-            f"group to send one within {self.timeout}: look for the first error among the other ranks"
-        )
+
+def _difference(ranks: list[int], told: list[Place]) -> str:
+    """Who is where, fewest ranks first; with what else differs, if the place does not."""
+    same_place = len({place.where for place in told}) == 1
+    places: dict[str, list[int]] = {}
+    for rank, place in zip(ranks, told, strict=True):
+        places.setdefault(f"{place.where} ({place.details})" if same_place else place.where, []).append(rank)
+    found: list[str] = []
+    for where, there in sorted(places.items(), key=lambda item: len(item[1])):
+        verb = "" if found or where.startswith("failed") else "are " if len(there) > 1 else "is "
+        found.append(f"{listed(there)} {verb}{where}")
+    at = f" at {told[0].at}" if told[0].at and len({place.at for place in told}) == 1 else ""
+    return (
+        f"ranks differ{at}: {', '.join(found)}; expected the same calls in the same order on every rank: look for a condition "
+        "that depends on the rank or its data, or a loop left early"
+    )
+
+
+def listed(ranks: Iterable[int]) -> str:
+    """Ranks in words."""
+    named = list(ranks)
+    return f"rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
+
+
+def digest(text: str) -> int:
+    """63 bits of a hash, the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def ranks_of(group: ProcessGroup | None) -> list[int]:

@@ -10,20 +10,16 @@ import copy
 import dataclasses
 import itertools
 import pickle
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .collectives import CollectiveError, Group, GroupLike, ProcessGroup
-from .control import side_group
+from .control import Place, side_group
 
 # What a rank has for a step.
 OUT, BATCH, FAILED = 0, 1, 2
-
-# How many loops each group has begun: alike on all ranks while they run the same program.
-_loops: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 def even_steps(
@@ -87,8 +83,6 @@ class _Read(NamedTuple):
 class _Row(NamedTuple):
     """What a rank says about a step."""
 
-    loop: int  # of the group, from 1
-    step: int  # of the loop, from 0
     state: int
     count: int  # type: ignore[assignment]
 
@@ -97,28 +91,20 @@ class _Peers:
     """The ranks that step together; alone, the rows are one."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
-        self.side, self.rank, self.size, self.loop = None, 0, 1, 1
+        self.side, self.size, self.loop = None, 1, 1
         if group is not None and group.size() > 1:
-            self.side, self.rank, self.size = side_group(group), group.rank(), group.size()
-            self.loop = _loops[group] = _loops.get(group, 0) + 1
+            self.side, self.size = side_group(group), group.size()
+            self.side.loops += 1
+            self.loop = self.side.loops
 
     def post(self, step: int, read: _Read) -> Callable[[], list[_Row]]:
         """Say what this rank has for `step`; the function returned waits for the others' rows."""
-        row = _Row(self.loop, step, read.state, read.count)
+        row = _Row(read.state, read.count)
         if self.side is None:
             return lambda: [row]
-        gathered = self.side.gather_rows(row)
-
-        def rows() -> list[_Row]:
-            try:
-                return [_Row(*values) for values in gathered()]
-            except RuntimeError as error:
-                raise CollectiveError(
-                    f"rank {self.rank} of {self.size} has no word from the others on step {step} of even_steps; expected every "
-                    "rank to reach it within the group's timeout: look for the first error among them, or for a loop left early"
-                ) from error
-
-        return rows
+        where = f"in step {step} of loop {self.loop} of even_steps"
+        gathered = self.side.gather_rows(Place(where, where), row)
+        return lambda: [_Row(state, count) for state, count, *_ in gathered()]
 
     def gather(self, value: Any) -> list[Any]:
         return [value] if self.side is None else self.side.gather_objects(value)
@@ -164,14 +150,7 @@ def _read(source: Iterator[Any], count: Callable[[Any], int]) -> _Read:
 
 
 def _check(peers: _Peers, step: int, said: list[_Row], now: _Read) -> None:
-    """Raise, on every rank, if one failed or is elsewhere."""
-    places = {rank: (row.loop, row.step) for rank, row in enumerate(said)}
-    if len(set(places.values())) > 1:
-        where = ", ".join(f"rank {rank} step {at} of loop {loop}" for rank, (loop, at) in places.items())
-        raise CollectiveError(
-            f"ranks are in different steps of even_steps: {where}; expected all in the same: leave a loop in the same step on "
-            "every rank, and begin as many loops on each"
-        )
+    """Raise, on every rank, if one failed."""
     if all(row.state != FAILED for row in said):
         return
     errors = peers.gather(None if now.error is None else f"{type(now.error).__name__}: {now.error}")

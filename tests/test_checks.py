@@ -197,7 +197,7 @@ def test_ranks_that_agree_get_the_same_bits_and_collectives(world, group_size):
         assert all(torch.equal(a, b) for a, b in zip(grads, plain, strict=True))
         assert all(torch.equal(state[name], plain_state[name]) for name in plain_state)
         assert seen == plain_seen
-        assert control == ([9] * 9 if world > 1 else []), "one size: four calls in each of two steps, and the end"
+        assert control == ([4] * 9 if world > 1 else []), "one size: four calls in each of two steps, and the end"
         assert off == []
 
 
@@ -218,6 +218,64 @@ def test_a_failure_at_the_end_reaches_ranks_that_are_leaving():
     for kind, message in (results[0], results[2]):
         assert kind == "CollectiveError"
         assert message.startswith("ranks differ at call 5: rank 1 failed: KeyError: 'late', ranks 0, 2 out of the context;")
+
+
+def _loop(model, world, odd, end):
+    """Five even steps, in the second of which something happens to the odd rank."""
+    for number, (x, weight) in enumerate(syncbn.even_steps([torch.ones(2, 3)] * 5, world.group)):
+        (model(x).sum() * weight).backward()
+        if odd and number == 1:
+            if end == "raised":
+                raise ZeroDivisionError("of this rank")
+            if end == "left":
+                break
+            if end == "one more":
+                model(x)
+            if end == "other loop":
+                return _loop(model, world, False, end)
+
+
+# By what happens to rank 1: where it is in the message.
+IN_LOOPS = {
+    "raised": "rank 1 failed: ZeroDivisionError: of this rank",
+    "left": "rank 1 is out of the context",
+    "one more": "rank 1 is in first forward",
+    "other loop": "rank 1 is in step 0 of loop 2 of even_steps",
+}
+
+
+def _in_loops(world):
+    found = {}
+    for end in IN_LOOPS:
+        model = syncbn.convert(Net(), world.group)
+        start = time.monotonic()
+        try:
+            with syncbn.checked(model):
+                _loop(model, world, world.rank == 1, end)
+        except Exception as error:
+            found[end] = type(error).__name__, str(error), time.monotonic() - start
+    with syncbn.checked(model):
+        found["after"] = [weight for _, weight in syncbn.even_steps([torch.ones(1, 3)] * world.rank, world.group)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_loops():
+    return worlds.run_fresh(3, _in_loops, group_timeout=30.0)
+
+
+@pytest.mark.parametrize("end", IN_LOOPS)
+def test_ranks_that_differ_in_a_loop_of_even_steps_all_raise_at_once(in_loops, end):
+    others = "ranks 0, 2 in step 3 of loop 1 of even_steps; expected the same calls"
+    for rank, found in enumerate(in_loops):
+        kind, message, seconds = found[end]
+        if end == "raised" and rank == 1:
+            assert (kind, message) == ("ZeroDivisionError", "of this rank"), "its own error"
+        else:
+            assert kind == "CollectiveError"
+            assert message.startswith(f"ranks differ: {IN_LOOPS[end]}, {others}")
+        assert seconds < AT_ONCE
+        assert found["after"] == [3 / 2, 3 / 1], "the ranks can go on"
 
 
 def _not_finite(world, value, where):

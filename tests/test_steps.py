@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.collectives import timeout
-from syncbn.control import side_group
+from syncbn.control import Place, side_group
 from syncbn.steps import count_samples, emptied, even_steps
 
 # Samples of each batch, by rank: loaders that differ by several batches, that are empty, that have empty batches.
@@ -250,7 +250,7 @@ def test_trailing_shapes_may_differ():
 
 
 def _reads(world):
-    """Batches read, and rows of four integers posted, when each step is handed out; and what the group itself carried."""
+    """Batches read, and rows posted, when each step is handed out; and what the group itself carried."""
     read, seen = [], []
 
     def batches():
@@ -260,11 +260,11 @@ def _reads(world):
 
     side, sent = side_group(world.group), []
     gather = side.gather_rows
-    side.gather_rows = lambda row: (sent.append(len(row)), gather(row))[1]
+    side.gather_rows = lambda place, *row: (sent.append(place.where), gather(place, *row))[1]
     try:
         with CollectivesSeen() as mode:
             for _ in even_steps(batches(), world.group):
-                seen.append((len(read), sent.count(4)))
+                seen.append((len(read), sum("even_steps" in where for where in sent)))
     finally:
         del side.gather_rows
     return seen, mode.seen
@@ -299,14 +299,17 @@ def test_a_step_does_not_wait_for_the_counts_of_the_next():
 
 def _side(world):
     side = side_group(world.group)
-    gathered = side.gather_rows([world.rank, 7])(), side.gather_objects("x" * (100 * world.rank) or None)
+    gathered = (
+        side.gather_rows(Place("test", "in a test"), [world.rank, 7])(),
+        side.gather_objects("x" * (100 * world.rank) or None),
+    )
     return side_group(world.group) is side, type(side._gloo).__name__, side._gloo.options._timeout, gathered
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_control_messages_have_one_gloo_backend_beside_each_group(world):
     """Also in groups whose ranks are in different numbers of groups."""
-    rows = [[rank, 7] for rank in range(world)], ["x" * (100 * rank) or None for rank in range(world)]
+    rows = [[rank, 7, 0] for rank in range(world)], ["x" * (100 * rank) or None for rank in range(world)]
     expected = (True, "ProcessGroupGloo", datetime.timedelta(seconds=worlds.GROUP_TIMEOUT), rows)
     assert worlds.run(world, _side) == [expected] * world
 
@@ -431,7 +434,7 @@ def _left_alone(world):
 def test_left_early_by_one_rank_is_an_error_when_it_begins_another_loop():
     first, second = worlds.run_fresh(2, _left_alone)
     assert (first[:2], second[:2]) == ((0, "CollectiveError"), (2, "CollectiveError")) or pytest.fail(f"{first} {second}")
-    assert "rank 0 step 0 of loop 2, rank 1 step 2 of loop 1" in first[2]
+    assert "rank 0 is in step 0 of loop 2 of even_steps, rank 1 in step 2 of loop 1 of even_steps" in first[2]
     assert first[2] == second[2]
 
 
@@ -452,7 +455,8 @@ def test_an_error_in_the_loop_of_one_rank_lets_the_others_wait_no_longer_than_th
     assert results[0][:2] == (1, "ZeroDivisionError")
     for step, kind, text, seconds in results[1:]:
         assert (step, kind) == (2, "CollectiveError")
-        assert "no word from the others on step 3" in text
+        assert text.startswith("no answer from rank 0, where rank ")
+        assert "in step 3 of loop 1 of even_steps: gone, frozen, or elsewhere for longer than 0:00:02; expected" in text
         assert seconds < 3.5, "one timeout"
 
 
@@ -475,8 +479,9 @@ def test_a_control_message_without_answer_is_an_error_with_the_rank():
     for rank, found in enumerate(worlds.run_fresh(2, _unanswered, group_timeout=2.0)):
         ((kind, message, cause),) = found
         assert (kind, cause) == ("CollectiveError", "RuntimeError")
-        assert f"a control message of rank {rank} of 2 in a group of 2 got no answer" in message
-        assert "within 0:00:02" in message
+        assert message.startswith("no answer from ")
+        assert f", where rank {rank} is in an exchange of objects: gone, frozen, or" in message
+        assert "elsewhere for longer than 0:00:02" in message
 
 
 def _nested(world):
