@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import itertools
 import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,7 +50,7 @@ def even_steps(
     An empty batch has tensors of shape (0, *shape[1:]), of the dtype and on the device of the rank's own first batch; on a rank
     that had none, of another rank's, on the CPU: move batches to the device in the loop. Tensors without dimensions and what is
     no tensor pass as they were in the first batch; lists and tuples without a tensor are emptied. Containers are list, tuple,
-    named tuple, mutable mapping and dataclass.
+    named tuple, dict, UserDict and dataclass.
 
     Most layers and summed losses take empty batches, forward and backward. Those that fail: `x.view(len(x), -1)` and
     `x.reshape(len(x), -1)` (write `x.flatten(1)`), F.pixel_shuffle in backward, pack_padded_sequence, `x.max()` and other
@@ -174,8 +175,10 @@ def _agree(peers: _Peers, first: _Read, empty: Callable[[Any], Any] | None) -> A
     if first.state == BATCH:
         try:
             template = (empty or emptied)(first.batch)
-            leaves = [f"{path}: {t.dtype}, {t.dim()} dimensions" for path, t in _tensors("batch", template)]
-            offer = _Offer(None, leaves if empty is None else None, _pickled(template))
+            leaves = None
+            if empty is None:
+                leaves = [f"{path}: {t.dtype}, {t.dim()} dimensions" for path, t in _tensors("batch", template)]
+            offer = _Offer(None, leaves, _pickled(template))
         except Exception as caught:
             error = caught
             offer = _Offer(f"{type(error).__name__}: {error}", None, None)
@@ -220,7 +223,12 @@ def count_samples(batch: Any) -> int:
 
 
 def emptied(batch: Any) -> Any:
-    """`batch` without its samples: tensors (0, *shape[1:]), lists and tuples without a tensor empty, all else as it is."""
+    """`batch` without its samples: tensors (0, *shape[1:]), lists and tuples without a tensor empty, all else as it is.
+
+    Raises:
+        TypeError: a tensor in what is no container, and would stay as it is.
+    """
+    _refuse_hidden(batch)
     return _map(batch, lambda tensor: tensor.new_empty((0, *tensor.shape[1:])) if tensor.dim() else tensor, empty_lists=True)
 
 
@@ -237,27 +245,38 @@ def _map(node: Any, change: Callable[[Tensor], Tensor], empty_lists: bool = Fals
 
 
 def _tensors(path: str, node: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tree with their paths, in order."""
+    """The tensors of a tree with their paths, in order; those of a mapping that cannot be rebuilt too."""
     if isinstance(node, Tensor):
         yield path, node
-    for key, child in (_children(node) or {}).items():
+    for key, child in (dict(node) if isinstance(node, Mapping) else _children(node) or {}).items():
         yield from _tensors(f"{path}[{key!r}]", child)
 
 
+def _refuse_hidden(node: Any) -> None:
+    children = _children(node)
+    for child in (children or {}).values():
+        _refuse_hidden(child)
+    if children is None and _holds_tensors(node):
+        raise TypeError(
+            f"given a batch with a {type(node).__name__} that holds tensors; expected tensors in lists, tuples, named tuples, "
+            "dict, UserDict and dataclasses, or the arguments count and empty"
+        )
+
+
+def _holds_tensors(node: Any) -> bool:
+    hidden = [*getattr(node, "__dict__", {}).values(), *(node if isinstance(node, (list, tuple)) else ())]
+    hidden += node.values() if isinstance(node, Mapping) else ()
+    return not isinstance(node, Tensor) and any(isinstance(value, Tensor) for value in hidden)
+
+
 def _children(node: Any) -> dict[Any, Any] | None:
-    """What a container holds; None for a leaf. TypeError for one that hides tensors."""
+    """What a container holds that `_rebuilt` can make anew; None for all else."""
     if type(node) in (list, tuple) or (isinstance(node, tuple) and hasattr(node, "_fields")):
         return dict(enumerate(node))
-    if isinstance(node, MutableMapping):
+    if isinstance(node, (dict, UserDict)):
         return dict(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if field.init}
-    hidden = [*getattr(node, "__dict__", {}).values(), *(node if isinstance(node, (list, tuple)) else ())]
-    if not isinstance(node, Tensor) and any(isinstance(value, Tensor) for value in hidden):
-        raise TypeError(
-            f"given a batch with a {type(node).__name__} that holds tensors; expected tensors in lists, tuples, named tuples, "
-            "mappings and dataclasses, or the arguments count and empty"
-        )
     return None
 
 
@@ -267,7 +286,7 @@ def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
         return type(node)(children.values())
     if isinstance(node, tuple):
         return type(node)._make(children.values())  # type: ignore[attr-defined]
-    if isinstance(node, MutableMapping):
+    if isinstance(node, (dict, UserDict)):
         new = copy.copy(node)
         new.update(children)
         return new

@@ -5,6 +5,8 @@ import datetime
 import os
 import time
 from collections import UserDict, namedtuple
+from collections.abc import MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -29,6 +31,10 @@ LOADERS: dict[str, list[list[int]]] = {
     "empty": [[2, 0, 3, 0, 0, 0], [0, 4], [0, 0, 1], [0]],
 }
 Pair = namedtuple("Pair", "x target")
+REFUSED = (
+    "given a batch with a {} that holds tensors; expected tensors in lists, tuples, named tuples, dict, UserDict and "
+    "dataclasses, or the arguments count and empty"
+)
 
 
 @dataclasses.dataclass
@@ -45,6 +51,28 @@ class Bag:
 
     def __eq__(self, other):
         return torch.equal(self.x, other.x)
+
+
+class Wrapped(MutableMapping):
+    """A mapping whose copy.copy holds the same dictionary."""
+
+    def __init__(self, **items):
+        self.items_of = items
+
+    def __getitem__(self, key):
+        return self.items_of[key]
+
+    def __setitem__(self, key, value):
+        self.items_of[key] = value
+
+    def __delitem__(self, key):
+        del self.items_of[key]
+
+    def __iter__(self):
+        return iter(self.items_of)
+
+    def __len__(self):
+        return len(self.items_of)
 
 
 def steps_of(loaders):
@@ -223,6 +251,32 @@ def test_samples_are_counted_along_the_first_tensor_with_a_dimension():
     for batch in ([], "text", {"scale": torch.tensor(3)}):
         with pytest.raises(ValueError, match="without a tensor that has a dimension"):
             count_samples(batch)
+
+
+def _mapping(world, functions):
+    batches = [Wrapped(x=torch.ones(3, 2))] * (1 - world.rank)
+    steps = list(even_steps(batches, world.group, **functions)) if functions else caught(even_steps(batches, world.group))
+    return steps, [batch["x"].shape for batch in batches]
+
+
+def test_a_mapping_of_another_kind_is_not_written_to():
+    first, second = worlds.run(2, _mapping, {})
+    assert first == ((0, "TypeError", REFUSED.format("Wrapped")), [(3, 2)])
+    assert second[0][1] == "CollectiveError"
+    with pytest.raises(TypeError, match="Wrapped that holds tensors"):
+        emptied(Wrapped(x=torch.ones(3, 2)))
+
+
+def _no_samples(batch):
+    return Wrapped(x=batch["x"][:0])
+
+
+def test_a_mapping_of_another_kind_is_counted_and_has_an_empty_form_where_that_is_given():
+    batches = [Wrapped(n=1, x=torch.ones(4)), MappingProxyType({"x": torch.ones(2)})]
+    assert [weight for _, weight in even_steps(batches)] == [0.25, 0.5]
+    (given, _), (empty, _) = worlds.run(2, _mapping, {"empty": _no_samples})
+    assert [(batch["x"].shape, weight) for batch, weight in given] == [((3, 2), 2 / 3)]
+    assert [(batch["x"].shape, weight) for batch, weight in empty] == [((0, 2), 2 / 3)]
 
 
 def _own_functions(world):
