@@ -7,17 +7,16 @@ Requirements
 """
 
 import copy
-import dataclasses
 import itertools
 import pickle
-from collections import UserDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .collectives import CollectiveError, Group, GroupLike, ProcessGroup
 from .control import Place, side_group
+from .trees import changed, count_samples, emptied, tensors_of
 
 # What a rank has for a step.
 OUT, BATCH, FAILED = 0, 1, 2
@@ -177,7 +176,7 @@ def _agree(peers: _Peers, first: _Read, empty: Callable[[Any], Any] | None) -> A
             template = (empty or emptied)(first.batch)
             leaves = None
             if empty is None:
-                leaves = [f"{path}: {t.dtype}, {t.dim()} dimensions" for path, t in _tensors("batch", template)]
+                leaves = [f"{path}: {t.dtype}, {t.dim()} dimensions" for path, t in tensors_of("batch", template)]
             offer = _Offer(None, leaves, _pickled(template))
         except Exception as caught:
             error = caught
@@ -206,88 +205,6 @@ def _agree(peers: _Peers, first: _Read, empty: Callable[[Any], Any] | None) -> A
 def _pickled(template: Any) -> bytes | None:
     """The template on the CPU, as bytes; None if it cannot be."""
     try:
-        return pickle.dumps(_map(template, Tensor.cpu))
+        return pickle.dumps(changed(template, Tensor.cpu))
     except Exception:
         return None
-
-
-def count_samples(batch: Any) -> int:
-    """The first dimension of the first tensor of `batch` that has one. ValueError if none has."""
-    for _, tensor in _tensors("batch", batch):
-        if tensor.dim() > 0:
-            return tensor.shape[0]
-    raise ValueError(
-        f"given a batch of type {type(batch).__name__} without a tensor that has a dimension; "
-        "expected one whose first dimension counts the samples, or the argument count"
-    )
-
-
-def emptied(batch: Any) -> Any:
-    """`batch` without its samples: tensors (0, *shape[1:]), lists and tuples without a tensor empty, all else as it is.
-
-    Raises:
-        TypeError: a tensor in what is no container, and would stay as it is.
-    """
-    _refuse_hidden(batch)
-    return _map(batch, lambda tensor: tensor.new_empty((0, *tensor.shape[1:])) if tensor.dim() else tensor, empty_lists=True)
-
-
-def _map(node: Any, change: Callable[[Tensor], Tensor], empty_lists: bool = False) -> Any:
-    """The tree with its tensors changed, in new containers."""
-    if isinstance(node, Tensor):
-        return change(node)
-    children = _children(node)
-    if children is None:
-        return node
-    if empty_lists and type(node) in (list, tuple) and not any(True for _ in _tensors("", node)):
-        return type(node)()
-    return _rebuilt(node, {key: _map(child, change, empty_lists) for key, child in children.items()})
-
-
-def _tensors(path: str, node: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tree with their paths, in order; those of a mapping that cannot be rebuilt too."""
-    if isinstance(node, Tensor):
-        yield path, node
-    for key, child in (dict(node) if isinstance(node, Mapping) else _children(node) or {}).items():
-        yield from _tensors(f"{path}[{key!r}]", child)
-
-
-def _refuse_hidden(node: Any) -> None:
-    children = _children(node)
-    for child in (children or {}).values():
-        _refuse_hidden(child)
-    if children is None and _holds_tensors(node):
-        raise TypeError(
-            f"given a batch with a {type(node).__name__} that holds tensors; expected tensors in lists, tuples, named tuples, "
-            "dict, UserDict and dataclasses, or the arguments count and empty"
-        )
-
-
-def _holds_tensors(node: Any) -> bool:
-    hidden = [*getattr(node, "__dict__", {}).values(), *(node if isinstance(node, (list, tuple)) else ())]
-    hidden += node.values() if isinstance(node, Mapping) else ()
-    return not isinstance(node, Tensor) and any(isinstance(value, Tensor) for value in hidden)
-
-
-def _children(node: Any) -> dict[Any, Any] | None:
-    """What a container holds that `_rebuilt` can make anew; None for all else."""
-    if type(node) in (list, tuple) or (isinstance(node, tuple) and hasattr(node, "_fields")):
-        return dict(enumerate(node))
-    if isinstance(node, (dict, UserDict)):
-        return dict(node)
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if field.init}
-    return None
-
-
-def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
-    """A container of the kind of `node` that holds `children`."""
-    if type(node) in (list, tuple):
-        return type(node)(children.values())
-    if isinstance(node, tuple):
-        return type(node)._make(children.values())  # type: ignore[attr-defined]
-    if isinstance(node, (dict, UserDict)):
-        new = copy.copy(node)
-        new.update(children)
-        return new
-    return dataclasses.replace(node, **children)

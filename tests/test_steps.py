@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+import functools
 import os
 import time
-from collections import UserDict, namedtuple
+from collections import UserDict, deque, namedtuple
 from collections.abc import MutableMapping
+from random import Random
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.collectives import timeout
 from syncbn.control import Place, side_group
-from syncbn.steps import count_samples, emptied, even_steps
+from syncbn.steps import even_steps
+from syncbn.trees import count_samples, emptied
 
 # Samples of each batch, by rank: loaders that differ by several batches, that are empty, that have empty batches.
 LOADERS: dict[str, list[list[int]]] = {
@@ -30,6 +33,7 @@ LOADERS: dict[str, list[list[int]]] = {
     "none": [[], [3, 2, 2, 4], [4, 1], []],
     "empty": [[2, 0, 3, 0, 0, 0], [0, 4], [0, 0, 1], [0]],
 }
+REFERRED = torch.ones(1)  # by a function
 Pair = namedtuple("Pair", "x target")
 REFUSED = (
     "given a batch with a {} that holds tensors; expected tensors in lists, tuples, named tuples, dict, UserDict and "
@@ -51,6 +55,29 @@ class Bag:
 
     def __eq__(self, other):
         return torch.equal(self.x, other.x)
+
+
+class Slots:
+    __slots__ = ("__x",)
+
+    def __init__(self, x):
+        self.__x = x
+
+
+class Deeper(Slots):
+    """In a list, in a dictionary, in an attribute."""
+
+    def __init__(self, x):
+        super().__init__(None)
+        self.fields = {"all": [x]}
+
+
+class Attributes(dict):
+    """A dictionary whose items are its attributes; copy.copy gives one where they are not."""
+
+    def __init__(self, x):
+        super().__init__(x=x)
+        self.__dict__ = self
 
 
 class Wrapped(MutableMapping):
@@ -251,6 +278,36 @@ def test_samples_are_counted_along_the_first_tensor_with_a_dimension():
     for batch in ([], "text", {"scale": torch.tensor(3)}):
         with pytest.raises(ValueError, match="without a tensor that has a dimension"):
             count_samples(batch)
+
+
+HIDING = {
+    "attribute": Bag,
+    "slot": Slots,
+    "deeper": Deeper,
+    "attributes of a dict": Attributes,
+    "list": type("List", (list,), {"__init__": lambda self, x: self.append([x])}),
+    "deque": lambda x: deque([x]),
+    "frozenset": lambda x: frozenset([x]),
+    "mappingproxy": lambda x: MappingProxyType({"x": x}),
+    "partial": lambda x: functools.partial(len, x),
+}
+
+
+@pytest.mark.parametrize("kind", HIDING)
+def test_a_batch_that_hides_a_tensor_is_refused(kind):
+    x = torch.ones(3, 2)
+    hides = HIDING[kind](x)
+    for batch in ((x, hides), {"x": x, "y": [None, hides]}):
+        with pytest.raises(TypeError, match=f"given a batch with a {type(hides).__name__} that holds tensors; expected"):
+            emptied(batch)
+
+
+def test_what_holds_no_tensor_passes_as_it_is():
+    module = torch.nn.functional
+    cycle = Bag(None)
+    cycle.x = cycle
+    for leaf in (3, None, "text", torch.float32, lambda: REFERRED, Bag, module, cycle, deque("ab"), Random(0), Slots([1])):
+        assert emptied({"x": torch.ones(2), "leaf": leaf})["leaf"] is leaf
 
 
 def _mapping(world, functions):
