@@ -8,6 +8,7 @@ Requirements
 
 import copy
 import itertools
+import operator
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -58,12 +59,12 @@ def even_steps(
     Args:
         loader: batches, any iterable; a tree of tensors whose first dimension counts samples. Its length is not asked for.
         process_group: the ranks that step together: None (all), a ProcessGroup or a 1-D DeviceMesh; the wrapper's group.
-        count: batch → number of its samples; without it, the first dimension of the first tensor that has one.
+        count: batch → number of its samples, an integer; without it, the first dimension of the first tensor that has one.
         empty: batch → a batch of no samples, for batches that are no such tree (lists of images, graphs); it is copied by
             deepcopy for each step, and pickled for ranks that never had a batch.
 
     Raises:
-        TypeError: a group that is none, a batch of a class that hides its tensors.
+        TypeError: a group that is none, a count that is no integer, a batch of a class that hides its tensors.
         ValueError: a rank outside of the group, a batch that cannot be counted, first batches that differ between ranks in
             structure, dtype or number of dimensions.
         CollectiveError: another rank's loader raised, a rank is in another step, or did not come within the timeout.
@@ -143,10 +144,20 @@ def _read(source: Iterator[Any], count: Callable[[Any], int]) -> _Read:
     """The next batch; an error is kept for its step."""
     try:
         for batch in itertools.islice(source, 1):
-            return _Read(BATCH, batch, count(batch))
+            return _Read(BATCH, batch, _integer(count(batch)))
         return _Read(OUT)
     except Exception as error:
         return _Read(FAILED, error=error)
+
+
+def _integer(samples: Any) -> int:
+    try:
+        return operator.index(samples)
+    except TypeError:
+        raise TypeError(
+            f"given {samples!r} of type {type(samples).__name__} as the number of samples in a batch; expected an integer from "
+            "the argument count"
+        ) from None
 
 
 def _check(peers: _Peers, step: int, said: list[_Row], now: _Read) -> None:

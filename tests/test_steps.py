@@ -336,6 +336,26 @@ def test_a_mapping_of_another_kind_is_counted_and_has_an_empty_form_where_that_i
     assert [(batch["x"].shape, weight) for batch, weight in empty] == [((0, 2), 2 / 3)]
 
 
+COUNTS = {"float": lambda batch: len(batch) / 2, "none": lambda batch: None, "integer": lambda batch: torch.tensor(len(batch))}
+
+
+def _counts(world, kind):
+    return caught(even_steps([torch.ones(2 + world.rank)] * (1 + world.rank), world.group, count=COUNTS[kind]))
+
+
+@pytest.mark.parametrize(("kind", "given"), [("float", "1.0 of type float"), ("none", "None of type NoneType")])
+def test_a_count_that_is_no_integer_is_an_error_on_every_rank(kind, given):
+    message = f"given {given} as the number of samples in a batch; expected an integer from the argument count"
+    assert caught(even_steps([torch.ones(2)], count=COUNTS[kind])) == (0, "TypeError", message)
+    first, second = worlds.run(2, _counts, kind)
+    assert first == (0, "TypeError", message)
+    assert second[:2] == (0, "TypeError")
+
+
+def test_a_count_may_be_an_integer_of_another_kind():
+    assert worlds.run(2, _counts, "integer") == [(2, None, None)] * 2
+
+
 def _own_functions(world):
     batches = [[torch.ones(3, size, size) for size in sizes] for sizes in ([(4, 6), (5,)], [])[world.rank]]
     return list(even_steps(batches, world.group, count=len, empty=lambda batch: []))
