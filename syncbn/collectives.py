@@ -8,10 +8,11 @@ Requirements
 """
 
 import contextlib
-import contextvars
 import datetime
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -102,9 +103,7 @@ class Group:
         return hash(self.group_size)
 
     def __repr__(self) -> str:
-        if self.group_size is not None:
-            return f"group_size={self.group_size}"
-        return f"process_group={self.process_group}"
+        return f"process_group={self.process_group}" if self.group_size is None else f"group_size={self.group_size}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
         return self
@@ -185,7 +184,7 @@ class Reduced(NamedTuple):
     hold: bool  # an observer asked that running statistics be held
 
 
-_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("syncbn_observers", default=())
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
 
 
 def observers() -> tuple[Observer, ...]:
@@ -193,14 +192,21 @@ def observers() -> tuple[Observer, ...]:
     return () if torch.compiler.is_compiling() else _observers.get()
 
 
-@contextlib.contextmanager
-def observe(observer: Observer) -> Iterator[None]:
+def observe(observer: Observer) -> AbstractContextManager[None]:
     """Show `observer` every collective whose forward runs inside, in this context only."""
-    token = _observers.set((*_observers.get(), observer))
+    return _among(_observers, observer)
+
+
+@contextlib.contextmanager
+def _among(variable: ContextVar[Any], one: Any) -> Iterator[None]:
+    """`one` is among the values inside; such contexts may be left in another order than they were entered."""
+    variable.set((*variable.get(), one))
     try:
         yield
     finally:
-        _observers.reset(token)
+        values = variable.get()
+        last = max((at for at, value in enumerate(values) if value is one), default=len(values))  # of another thread's: none
+        variable.set((*values[:last], *values[last + 1 :]))
 
 
 class Recording:
@@ -210,21 +216,14 @@ class Recording:
         self.messages: list[tuple[str, Tensor]] = []  # with the name of the layer
         self.next: int | None = None  # the message to give next; None: recording
 
-    @contextlib.contextmanager
-    def keep(self) -> Iterator[None]:
+    def keep(self) -> AbstractContextManager[None]:
         """Record the forwards run inside, or, when told to repeat, give them what was recorded."""
-        token = _recordings.set((*_recordings.get(), self))
-        try:
-            yield
-        finally:
-            _recordings.reset(token)
+        return _among(_recordings, self)
 
-    @contextlib.contextmanager
-    def repeat(self) -> Iterator[None]:
+    def repeat(self) -> AbstractContextManager[None]:
         """Give the forwards run inside what was recorded, from the first on: no collective is issued."""
         self.next = 0
-        with self.keep():
-            yield
+        return self.keep()
 
     def take(self, call: Call, size: int) -> Tensor:
         assert self.next is not None
@@ -238,7 +237,7 @@ class Recording:
         return message.clone()
 
 
-_recordings: contextvars.ContextVar[tuple[Recording, ...]] = contextvars.ContextVar("syncbn_recordings", default=())
+_recordings: ContextVar[tuple[Recording, ...]] = ContextVar("syncbn_recordings", default=())
 
 
 def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()) -> Reduced:
@@ -250,8 +249,7 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
     recordings = _recordings.get() if call.phase != "backward" else ()
     for recording in recordings:
         if recording.next is not None:
-            known = recording.take(call, message.numel())
-            reduced = Reduced(known, True)
+            reduced = Reduced(recording.take(call, message.numel()), True)
             break
     else:
         reduced = _observed_all_reduce(message, call, observers)
