@@ -79,15 +79,14 @@ class Side:
         if self._under_way is not None:
             self._under_way()
         self.sent += 1
-        row = [digest(place.key), *values, *[0] * (VALUES - len(values))]
-        posted = self._gather(place, torch.tensor(row, dtype=torch.int64, device="cpu"))
+        posted = self._gather(place, [digest(place.key), *values, *[0] * (VALUES - len(values))])
         found: Future[Rows] = Future()
 
         def answer() -> Rows:
             if not found.done():
                 self._under_way = None
                 try:
-                    found.set_result(self._same(place, posted().tolist(), agree))
+                    found.set_result(self._same(place, posted(), agree))
                 except CollectiveError as error:
                     found.set_exception(error)
             return found.result()
@@ -97,27 +96,42 @@ class Side:
 
     def gather_objects(self, value: Any, place: Place | None = None) -> list[Any]:
         """Every rank's value, by rank: pickled, and waited for. CollectiveError as `gather_rows`."""
-        place = place or Place("objects", "in an exchange of objects")
-        data = pickle.dumps(value)
-        lengths = [length for length, *_ in self.gather_rows(place, [len(data)])()]
-        local = torch.frombuffer(bytearray(data.ljust(max(lengths), b"\0")), dtype=torch.uint8)
-        rows = self._gather(place, local)()
-        return [pickle.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
+        shares = self.gather_bytes(pickle.dumps(value), place)
+        return [value if rank == self.rank else pickle.loads(share) for rank, share in enumerate(shares)]
 
-    def _gather(self, place: Place, local: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """The rows of all ranks, (size, *local.shape), once the function returned has waited for them."""
-        rows = local.new_zeros(self.size, *local.shape)
+    def gather_bytes(self, data: bytes, place: Place | None = None) -> list[bytearray]:
+        """Every rank's bytes, by rank, each of its own length; waited for. CollectiveError as `gather_rows`."""
+        place = place or Place("objects", "in an exchange of objects")
+        lengths = [length for length, *_ in self.gather_rows(place, [len(data)])()]
+        shares = [bytearray(data if rank == self.rank else length) for rank, length in enumerate(lengths)]
+        try:
+            works = []
+            for rank, share in enumerate(shares):
+                if share:
+                    options = dist.BroadcastOptions()
+                    options.rootRank = rank
+                    works.append(self._gloo.broadcast([torch.frombuffer(share, dtype=torch.uint8)], options))
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._unanswered(place) from error
+        return shares
+
+    def _gather(self, place: Place, row: list[int]) -> Callable[[], Rows]:
+        """The rows of all ranks, once the function returned has waited for them."""
+        local = torch.tensor(row, dtype=torch.int64, device="cpu")
+        rows = local.new_zeros(self.size, len(row))
         try:
             work = self._gloo.allgather([list(rows.unbind())], [local])
         except RuntimeError as error:
             raise self._unanswered(place) from error
 
-        def wait() -> torch.Tensor:
+        def wait() -> Rows:
             try:
                 work.wait()
             except RuntimeError as error:
                 raise self._unanswered(place) from error
-            return rows
+            return rows.tolist()
 
         return wait
 

@@ -7,6 +7,7 @@ Requirements
 """
 
 import copy
+import functools
 import itertools
 import operator
 import pickle
@@ -117,6 +118,7 @@ def _steps(
     peers = _Peers(group.resolve())
     source = _each(loader)
     template: Any = None
+    again = functools.partial(changed, change=Tensor.clone) if empty is None else copy.deepcopy
     try:
         ahead = _read(source, count)
         rows = peers.post(0, ahead)
@@ -130,8 +132,7 @@ def _steps(
             ahead = now if now.state == OUT else _read(source, count)
             rows = peers.post(step + 1, ahead)
             samples = sum(row.count for row in said)
-            batch = now.batch if now.state == BATCH else (emptied if empty is None else copy.deepcopy)(template)
-            yield batch, peers.size / samples if samples else 0.0
+            yield now.batch if now.state == BATCH else again(template), peers.size / samples if samples else 0.0
     finally:
         source.close()
 
@@ -174,9 +175,8 @@ def _check(peers: _Peers, step: int, said: list[_Row], now: _Read) -> None:
 class _Offer(NamedTuple):
     """What a rank tells the others of its first batch."""
 
-    problem: str | None  # why there is no template
-    leaves: list[str] | None  # the tensors of the template in words, None: not to be compared
-    template: bytes | None  # pickled, None: it cannot be
+    problem: str | None  # why it has no empty form
+    leaves: list[str] | None = None  # the tensors of the template in words, None: not to be compared
 
 
 def _agree(peers: _Peers, first: _Read, empty: Callable[[Any], Any] | None) -> Any:
@@ -184,38 +184,43 @@ def _agree(peers: _Peers, first: _Read, empty: Callable[[Any], Any] | None) -> A
     template, offer, error = None, None, None
     if first.state == BATCH:
         try:
-            template = (empty or emptied)(first.batch)
-            leaves = None
+            template, offer = (empty or emptied)(first.batch), _Offer(None)
             if empty is None:
                 leaves = [f"{path}: {t.dtype}, {t.dim()} dimensions" for path, t in tensors_of("batch", template)]
-            offer = _Offer(None, leaves, _pickled(template))
+                offer = _Offer(None, leaves)
         except Exception as caught:
             error = caught
-            offer = _Offer(f"{type(error).__name__}: {error}", None, None)
+            offer = _Offer(f"{type(error).__name__}: {error}")
     offers = {rank: offer for rank, offer in enumerate(peers.gather(offer)) if offer is not None}
     if error is not None:
         raise error
-    for rank, (problem, leaves, _) in offers.items():
+    chosen, (_, expected) = next(iter(offers.items()))
+    for rank, (problem, leaves) in offers.items():
         if problem is not None:
             raise CollectiveError(f"the first batch of rank {rank} of {peers.size} has no empty form: {problem}")
-        chosen, (_, expected, _) = next(iter(offers.items()))
         if leaves != expected:
             given = next((pair for pair in itertools.zip_longest(expected or [], leaves or []) if pair[0] != pair[1]), None)
             raise ValueError(
                 f"given first batches of different structure: {given and given[0]} on rank {chosen} and {given and given[1]} "
                 f"on rank {rank}; expected the same containers, dtypes and numbers of dimensions on every rank"
             )
-    pickled = next((offer.template for offer in offers.values() if offer.template is not None), None)
-    if len(offers) < peers.size and pickled is None:
+    return template if len(offers) == peers.size else _shared(peers, template, chosen)
+
+
+def _shared(peers: _Peers, template: Any, chosen: int) -> Any:
+    """The template of this rank, or, if it has none, that of the chosen one."""
+    assert peers.side is not None
+    pickled = peers.side.gather_bytes(_pickled(template) if peers.side.rank == chosen else b"")[chosen]
+    if not pickled:
         raise TypeError(
             "given batches that cannot be pickled for a rank that has none; expected what can, or the argument empty"
         )
-    return pickle.loads(pickled) if offer is None and pickled is not None else template
+    return pickle.loads(pickled) if template is None else template
 
 
-def _pickled(template: Any) -> bytes | None:
-    """The template on the CPU, as bytes; None if it cannot be."""
+def _pickled(template: Any) -> bytes:
+    """The template on the CPU; nothing if it cannot be pickled."""
     try:
         return pickle.dumps(changed(template, Tensor.cpu))
     except Exception:
-        return None
+        return b""

@@ -5,6 +5,7 @@ import datetime
 import functools
 import os
 import time
+import tracemalloc
 from collections import UserDict, deque, namedtuple
 from collections.abc import MutableMapping
 from random import Random
@@ -523,6 +524,64 @@ def _unpicklable_everywhere(world):
 
 def test_what_cannot_be_pickled_stays_on_its_rank():
     assert worlds.run(2, _unpicklable_everywhere) == [(2, None, None)] * 2
+
+
+class Counted:
+    """A backend that notes the bytes that it moves from a rank or to one."""
+
+    def __init__(self, backend):
+        self.backend, self.moved = backend, 0
+
+    def allgather(self, outputs, inputs):
+        self.moved += sum(output.nbytes for output in outputs[0])
+        return self.backend.allgather(outputs, inputs)
+
+    def broadcast(self, tensors, *options):
+        self.moved += sum(tensor.nbytes for tensor in tensors)
+        return self.backend.broadcast(tensors, *options)
+
+
+LARGE = 2_000_000  # bytes in a batch that are no tensor
+
+
+def _payload(world, lacking):
+    """Bytes moved, and the most that Python held at a time, for first batches that hold much."""
+    batches = [{"x": torch.ones(1, 2), "raw": bytes([world.rank]) * LARGE}] * (world.rank not in lacking)
+    side = side_group(world.group)
+    side._gloo = counted = Counted(side._gloo)
+    tracemalloc.start()
+    try:
+        ((batch, _),) = even_steps(batches, world.group)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        side._gloo = counted.backend
+    return counted.moved, peak, batch["raw"][0]
+
+
+def test_a_template_travels_only_where_a_rank_has_no_batch():
+    for moved, peak, _ in worlds.run(3, _payload, []):
+        assert moved < LARGE / 100
+        assert peak < LARGE / 10
+
+
+def test_a_template_travels_once_and_takes_memory_of_its_size():
+    results = worlds.run(3, _payload, [0, 2])
+    assert [raw for _, _, raw in results] == [1, 1, 1]
+    for moved, peak, _ in results:
+        assert moved < LARGE * 1.01
+        assert peak < LARGE * 4, "what is sent, its pickle and what is made of it"
+
+
+def _objects(world):
+    values = "x" * (100 * world.rank) or None
+    return side_group(world.group).gather_objects(values), side_group(world.group).gather_objects(torch.ones(world.rank))
+
+
+def test_objects_of_any_size_are_gathered():
+    for texts, tensors in worlds.run(4, _objects):
+        assert texts == [None, "x" * 100, "x" * 200, "x" * 300]
+        assert [len(tensor) for tensor in tensors] == [0, 1, 2, 3]
 
 
 def _left_early(world, leave):
