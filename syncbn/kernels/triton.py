@@ -82,7 +82,7 @@ def _arrived(x: Tensor, blocks: int) -> Tensor:
     """(blocks,) int32 zeros, of the stream's own: the kernels put them back. A graph gets its own, zeroed at each replay."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return torch.zeros(blocks, dtype=torch.int32, device=x.device)
-    key = (kernel.__name__, x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
     if key not in _counters or len(_counters[key]) < blocks:
         _counters[key] = torch.zeros(max(blocks, 4096), dtype=torch.int32, device=x.device)
     return _counters[key]
