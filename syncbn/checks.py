@@ -46,7 +46,8 @@ def checked(model: nn.Module) -> Iterator[None]:
             paths in it.
 
     Raises:
-        CollectiveError: on every rank, inside or at the end: the ranks differ, one left or failed, is gone or frozen.
+        CollectiveError: on every rank, inside or at the end: the ranks differ, one left or failed, is gone or frozen. Ranks
+            that are still there can enter it again, together.
         ValueError: no layer of ours in the model; this rank is outside of their group.
     """
     with named(model) as layers:

@@ -7,6 +7,7 @@ Requirements
 """
 
 import hashlib
+import itertools
 import pickle
 import time
 import weakref
@@ -29,8 +30,12 @@ Rows = list[list[int]]  # (size, VALUES), by rank
 
 
 def side_group(group: ProcessGroup) -> "Side":
-    """The control channel of the ranks of `group`, one for all who ask; every rank of the group asks first at the same time."""
-    if group not in _sides:
+    """The control channel of the ranks of `group`, one for all who ask; every rank of the group asks at the same time.
+
+    Raises:
+        CollectiveError: it is to be made, and a rank is gone or does not come within the timeout.
+    """
+    if group not in _sides or _sides[group].is_broken():
         _sides[group] = Side(group)
     return _sides[group]
 
@@ -49,17 +54,33 @@ class Side:
 
     Made of the backend itself: `new_group` needs every rank of the job, or, with use_local_synchronization, names the group by
     how many groups a rank is in, so that ranks that are in different numbers of groups wait for each other until the timeout.
+
+    A message without an answer breaks it: Gloo has closed connections. The store then says so, under the number of the channel,
+    to ranks that were elsewhere too, and all make the next one when they ask again. One that asked before it could know meets
+    closed connections, or nobody, in the broken one: an error within the timeout, and no message that is another's.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.store: Any = dist.PrefixStore(f"syncbn/{group.group_name}", dist.distributed_c10d._get_default_store())
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout(group)
         self.ranks = ranks_of(group)  # in the job
         self.sent = 0  # rows
         self.errors = 0  # raised here
         self.loops = 0  # of even_steps: the same number on every rank
         self._under_way: Callable[[], Rows] | None = None
-        self._gloo: Any = dist.ProcessGroupGloo(self.store, self.rank, self.size, self.timeout)
+        every: Any = dist.PrefixStore(f"syncbn/{group.group_name}", dist.distributed_c10d._get_default_store())
+        number = next(number for number in itertools.count() if not every.check([f"{number}/broken"]))
+        self.store: Any = dist.PrefixStore(str(number), every)
+        try:
+            self._gloo: Any = dist.ProcessGroupGloo(self.store, self.rank, self.size, self.timeout)
+        except RuntimeError as error:
+            raise self._unanswered(Place("opening", "opening the control channel")) from error
+
+    def is_broken(self) -> bool:
+        """Whether a rank has waited in vain; False if the store does not answer."""
+        try:
+            return self.store.check(["broken"])
+        except RuntimeError:
+            return False
 
     def gather_rows(
         self, place: Place, values: Sequence[int] = (), agree: Callable[[Rows], bool] = lambda rows: True
@@ -148,20 +169,26 @@ class Side:
     def _unanswered(self, place: Place) -> CollectiveError:
         self.errors += 1
         absent = self._absent()
-        who = listed(self.ranks[rank] for rank in absent) if absent else "a rank"
+        here = f"{place.at and f' at {place.at}'}, where rank {self.ranks[self.rank]} is {place.where}"
+        if absent == []:
+            return CollectiveError(
+                f"no answer{here}: every rank came there, but not within {self.timeout}; expected them all at the same time: "
+                "look for what kept one of them"
+            )
         return CollectiveError(
-            f"no answer from {who}{place.at and f' at {place.at}'}, where rank {self.ranks[self.rank]} is {place.where}: gone, "
-            f"frozen, or elsewhere for longer than {self.timeout}; expected every rank there: look at its own messages"
+            f"no answer from {listed(self.ranks[rank] for rank in absent) if absent else 'a rank'}{here}: gone, frozen, or "
+            f"elsewhere for longer than {self.timeout}; expected every rank there: look at its own messages"
         )
 
-    def _absent(self) -> list[int]:
-        """The ranks that do not say in a moment that they wait in vain for this message too; empty if the store is gone."""
+    def _absent(self) -> list[int] | None:
+        """The ranks that do not say in a moment that they wait in vain for this message too; None if the store is gone."""
         try:
+            self.store.set("broken", "")
             self.store.set(f"message {self.sent}/{self.rank}", "waits")
             time.sleep(ABSENT_SECONDS)
             return [rank for rank in range(self.size) if not self.store.check([f"message {self.sent}/{rank}"])]
         except RuntimeError:
-            return []
+            return None
 
 
 def _difference(ranks: list[int], told: list[Place]) -> str:

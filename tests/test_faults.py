@@ -132,6 +132,63 @@ def test_a_rank_that_is_gone_or_frozen_is_an_error_of_the_others_within_the_time
     assert seconds < TIMEOUT + MARGIN
 
 
+def late(way, group, model, odd):
+    """What happens where the odd rank comes later than the timeout, or not at all."""
+    x, wait = torch.randn(4, 3), lambda: time.sleep((TIMEOUT + 1.5) * odd)
+    if way == "not at all" and odd:
+        return wait()
+    try:
+        if way == "loop":
+            for step, _ in enumerate(syncbn.even_steps([x] * 3, group)):
+                if step == 0:
+                    wait()
+        with syncbn.checked(model):
+            model(x)
+            wait()
+            model(x)
+    except syncbn.CollectiveError as error:
+        return str(error)
+
+
+def _late(world):
+    """In two pairs of ranks side by side, twice: what the ranks say, and what is checked right afterwards."""
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    group = [dist.new_group(ranks, timeout=timeout) for ranks in ([0, 1], [2, 3])][world.rank // 2]
+    found = {}
+    for ways in (("in a forward", "not at all"), ("loop", "once more")):
+        way, odd = ways[world.rank // 2], world.rank % 2
+        model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3)), group)
+        message = late(way, group, model, odd)
+        results = []
+        for context in (syncbn.checked(model), contextlib.nullcontext()):
+            x = torch.randn(3 + odd, 3, generator=torch.Generator().manual_seed(odd)).requires_grad_()
+            with context:
+                for batch, weight in syncbn.even_steps([x] * (1 + odd), group):
+                    (model(batch).pow(3).sum() * weight).backward()
+            results.append(x.grad)
+        found[way] = message, results, group.size()
+    return found
+
+
+@functools.cache
+def came_late():
+    pairs = worlds.run_fresh(4, _late, group_timeout=30.0)
+    return {way: [rank[way] for rank in pairs if way in rank] for one in pairs for way in one}
+
+
+@pytest.mark.parametrize("way", ["in a forward", "not at all", "loop", "once more"])
+def test_control_messages_go_on_after_one_without_an_answer(way):
+    (first, *_), (second, *_) = came_late()[way]
+    place = {"loop": "in step 2 of loop 3 of even_steps", "not at all": "opening the control channel"}
+    assert first.startswith("no answer from rank ")
+    assert f"is {place.get(way, 'in 0 forward')}: gone, frozen, or elsewhere for longer than 0:00:03; expected every" in first
+    assert second is None if way == "not at all" else "every rank came there, but not within 0:00:03" in second
+    for _, (checked, plain), size in came_late()[way]:
+        assert size == 2
+        assert torch.equal(checked, plain)
+        assert plain.abs().max() > 0.01
+
+
 TORCHRUN = f"""
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import PContext
