@@ -409,6 +409,13 @@ def test_the_loader_is_read_and_counts_travel_one_step_ahead():
     assert first[1] == second[1] == [], "the group itself carries nothing"
 
 
+def test_a_loader_that_refills_its_buffer_has_to_yield_clones():
+    buffer = torch.zeros(1)
+    refilled = [batch.item() for batch, _ in even_steps(buffer.fill_(value) for value in range(4))]
+    assert refilled == [1, 2, 3, 3]
+    assert [batch.item() for batch, _ in even_steps(buffer.fill_(value).clone() for value in range(4))] == [0, 1, 2, 3]
+
+
 def _slow_loader(world, flag):
     flag = os.path.join(world.directory, flag)
 
