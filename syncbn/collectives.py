@@ -184,6 +184,8 @@ class Reduced(NamedTuple):
     hold: bool  # an observer asked that running statistics be held
 
 
+# The observer of a group: it sees all its calls, in any thread and in a backward too, and goes when nobody else holds it.
+watchers: weakref.WeakValueDictionary[ProcessGroup, Observer] = weakref.WeakValueDictionary()
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
 
 
@@ -260,6 +262,9 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
 
 
 def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
+    watcher = watchers.get(call.group) if call.group is not None else None
+    if watcher is not None:
+        observers = (*observers, watcher)
     if not observers:
         return Reduced(_all_reduce(message, call), False)
     local, hold = message.clone(), False

@@ -4,10 +4,10 @@ Requirements
     - a rank that is out of data issues the collectives of the layers as the others do, with nothing in them, and moves its
       running statistics as they do;
     - it posts them all and goes on: the others are at those of DistributedDataParallel in between;
-    - what it posts is what the others call, in their order: recorded in the first step, checked in every other.
+    - what it posts is what the others call, in their order, also in a backward: recorded in the first step of each context,
+      checked in every other.
 """
 
-import contextlib
 import pickle
 import threading
 import time
@@ -47,9 +47,10 @@ class SyncBatchNormJoin(Joinable):
     Join(..., divide_by_initial_world_size=False), by those that still have data. The mean loss of one process takes the number
     of samples of all ranks in the step, which Join does not tell: `syncbn.even_steps` does.
 
-    Static schedules only: every forward of the wrapped model in the context calls the same layers in the same order, followed
-    by its backward before the next forward. Another order is an error on the ranks that have data, and for `syncbn.even_steps`,
-    which takes any.
+    Static schedules only: every forward of the wrapped model in a context calls the same layers in the same order, followed by
+    its backward before the next forward. What the backward calls counts too: checkpoints recompute, gradient penalties
+    differentiate twice. Another order is an error on the ranks that have data, and for `syncbn.even_steps`, which takes any.
+    Each context has a schedule of its own, its first step's, whatever ended the one before.
 
     Takes any of the wrapper's broadcast of buffers, find_unused_parameters and no_sync. What Join does not send is the state of
     the optimizer: a rank that was out of data has momentum of its own, and even_steps keeps it alike. With accelerate
@@ -81,16 +82,18 @@ class SyncBatchNormJoin(Joinable):
                 raise ValueError(
                     f"given layer {path!r} with {layer._syncbn.group!r}; expected the group of the DistributedDataParallel"
                 )
-        self.group, store = own_group(ddp.process_group)
+        self.group, self.store = own_group(ddp.process_group)
         for path, layer in self.layers.items():
             layer._syncbn = layer._syncbn._replace(group=Group(self.group), path=path)
-        self.schedule = _Schedule(store)
-        self.observing: contextlib.AbstractContextManager[None] | None = None
+        self.contexts = 0  # made so far: the same number on every rank
         ddp.register_forward_pre_hook(self._before_forward, prepend=True)
-        ddp.register_forward_hook(self._after_forward, always_call=True)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        return _Shadow(self)
+        """Of a new context, which alone holds its schedule: it goes when an exception leaves the context."""
+        self.contexts += 1
+        schedule = _Schedule(self.store, self.contexts)
+        collectives.watchers[self.group] = schedule
+        return _Shadow(self, schedule)
 
     @property
     def join_device(self) -> torch.device:
@@ -101,32 +104,28 @@ class SyncBatchNormJoin(Joinable):
         return self.ddp.join_process_group
 
     def _before_forward(self, ddp: Any, args: Any) -> None:
-        """Tell Join that this rank has data, in the place of the wrapper, and watch its layers' calls."""
+        """Tell Join that this rank has data, in the place of the wrapper."""
         if not self._join_config.enable:
             return
-        if not self._join_config.is_first_joinable:
+        schedule: Any = collectives.watchers.get(self.group)
+        if schedule is not None and not self._join_config.is_first_joinable:
             raise ValueError("given Join([ddp_model, joined, ...]); expected Join([joined, ddp_model, ...]), ours first")
-        self.schedule.begin()
         work = Join.notify_join_context(self)
         if work is not None:
             ddp.reducer._set_forward_pass_work_handle(work, ddp._divide_by_initial_world_size)
-        self.observing = collectives.observe(self.schedule)
-        self.observing.__enter__()
-
-    def _after_forward(self, ddp: Any, args: Any, output: Any) -> None:
-        if self.observing is not None:
-            self.observing.__exit__(None, None, None)
-            self.observing = None
+        if schedule is not None:
+            schedule.begin()
 
 
 class _Schedule:
-    """An observer: the calls of the first step, recorded and published, and checked from the second on."""
+    """Sees all calls of the layers in a context: those of its first step, recorded and published, and checked from then on."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, context: int) -> None:
         self.store = store
+        self.context = context
         self.entries: list[_Entry] = []
         self.whole = False  # a step is recorded
-        self.at = 0  # calls made in this step
+        self.at: int | None = None  # calls made in this step; None: this rank has had no data
 
     def begin(self) -> None:
         """A forward of the wrapped model starts."""
@@ -136,20 +135,21 @@ class _Schedule:
         self.at = 0
 
     def end(self) -> None:
-        """The step is over: what was recorded is the schedule."""
-        if self.entries and not self.whole:
+        """The step is over, if there was one: what was recorded is the schedule."""
+        if self.at is not None and not self.whole:
             self._publish(None)
             self.whole = True
 
     def before(self, call: Call, local: Tensor) -> None:
         entry = _Entry(call.phase, call.layer, local.numel())
+        given = f"{entry.phase} of layer {entry.layer!r} with {entry.size} values"
+        if self.at is None:
+            raise self._error(f"{given} before a forward of the wrapped model")
         if not self.whole:
             self._publish(entry)
             self.entries.append(entry)
         elif self.at == len(self.entries) or entry != self.entries[self.at]:
-            raise self._error(
-                f"{entry.phase} of layer {entry.layer!r} with {entry.size} values as call {self.at + 1} of a step"
-            )
+            raise self._error(f"{given} as call {self.at + 1} of a step")
         self.at += 1
 
     def after(self, call: Call, local: Tensor, reduced: Tensor) -> None: ...
@@ -158,7 +158,7 @@ class _Schedule:
 
     def _error(self, given: str) -> CollectiveError:
         rank, size = collectives.rank_and_size()
-        expected = self.entries[self.at] if self.at < len(self.entries) else None
+        expected = self.entries[self.at] if self.at is not None and self.at < len(self.entries) else None
         wanted = f"{expected.phase} of layer {expected.layer!r}, {expected.size} values" if expected else "the next forward"
         return CollectiveError(
             f"given {given} on rank {rank} of {size}; expected {wanted}, as in the first step: SyncBatchNormJoin takes "
@@ -166,12 +166,12 @@ class _Schedule:
         )
 
     def _publish(self, entry: _Entry | None) -> None:
-        self.store.set(str(len(self.entries)), pickle.dumps(entry))
+        self.store.set(f"{self.context}/{len(self.entries)}", pickle.dumps(entry))
 
     def follow(self, seconds: float) -> Iterator[_Entry]:
         """The calls of a first step that other ranks are in, as they come."""
         while True:
-            key, end = str(len(self.entries)), time.monotonic() + seconds
+            key, end = f"{self.context}/{len(self.entries)}", time.monotonic() + seconds
             while not self.store.check([key]):
                 if time.monotonic() > end:
                     raise CollectiveError(f"no word from the ranks that have data within {seconds:g} s; expected their calls")
@@ -181,14 +181,15 @@ class _Schedule:
                 break
             self.entries.append(entry)
             yield entry
-        self.whole, self.at = True, len(self.entries)
+        self.whole = True
 
 
 class _Shadow(JoinHook):
     """What a rank that is out of data does for the layers in a step of the others."""
 
-    def __init__(self, joined: SyncBatchNormJoin) -> None:
+    def __init__(self, joined: SyncBatchNormJoin, schedule: _Schedule) -> None:
         self.joined = joined
+        self.schedule = schedule
         self.posted: list[tuple[_Entry, Tensor, Any]] = []  # call, message, work
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -196,23 +197,23 @@ class _Shadow(JoinHook):
     def main_hook(self) -> None:
         """Post the calls of a step; the first one is not known to a rank that never had data, and followed by a thread."""
         self._finish()
-        schedule = self.joined.schedule
-        schedule.end()
-        if schedule.whole:
-            self._post(schedule.entries)
+        self.schedule.end()
+        if self.schedule.whole:
+            self._post(self.schedule.entries)
         else:
             self.thread = threading.Thread(target=self._follow, daemon=True)
             self.thread.start()
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """The context is left: forwards outside of it are nobody's business."""
-        self.joined.schedule.end()
+        self.schedule.end()
         self._finish()
+        collectives.watchers.pop(self.joined.group, None)
         self.joined._join_config = self.joined._join_config._replace(enable=False)
 
     def _follow(self) -> None:
         try:
-            self._post(self.joined.schedule.follow(timeout(self.joined.group).total_seconds()))
+            self._post(self.schedule.follow(timeout(self.joined.group).total_seconds()))
         except BaseException as error:
             self.error = error
 

@@ -1,0 +1,187 @@
+"""Join together with what else training does: recomputation, gradients of gradients, epochs cut short, observers, compilers.
+
+Rank 0 has no batch in an epoch that counts, so that it has to be told every call; another runs out, and knows them."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import worlds
+from test_steps import assert_same_state, share, whole
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import syncbn
+
+WORLD = 3
+UNEVEN = [[], [3, 2, 2, 4], [4, 1]]  # samples of each batch, by rank
+EQUAL = [[2, 3], [3, 2], [1, 4]]
+LATER = [[2], [3, 2, 2, 4], [4, 1]]  # torch's wrapper takes no empty rank after a first step without its backward
+
+
+@functools.cache
+def results():
+    """What each rank returns for every case."""
+    return worlds.run_fresh(WORLD, _all_cases)
+
+
+def _all_cases(world):
+    return {case.__name__: case(world) for case in CASES} | {use: _trained(world, use) for use in USES}
+
+
+def block(channels):
+    return [nn.Conv2d(2, channels, 3), nn.BatchNorm2d(channels), nn.Softplus(), nn.Conv2d(channels, 2, 1), nn.BatchNorm2d(2)]
+
+
+class Net(nn.Module):
+    """Its middle by a checkpoint, in one of torch's ways or in ours."""
+
+    def __init__(self, use=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.first, self.middle = nn.Sequential(*block(4)), nn.Sequential(*block(5))
+        self.last = nn.Sequential(nn.Flatten(), nn.Linear(50, 3), nn.BatchNorm1d(3))
+        self.double()
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.use == "reentrant":
+            x = checkpoint(self.middle, x, use_reentrant=True)
+        elif self.use == "not reentrant":
+            x = checkpoint(self.middle, x, use_reentrant=False)
+        elif self.use == "with our context":
+            x = checkpoint(self.middle, x, use_reentrant=False, context_fn=syncbn.checkpoint_context)
+        else:
+            x = self.middle(x)
+        return self.last(x)
+
+
+USES = ["reentrant", "not reentrant", "with our context", "gradient penalty"]
+
+
+def loss_of(model, x, target, penalty):
+    """The sum over the samples; the penalty is the gradient of all outputs, those of other ranks too."""
+    if not penalty:
+        return F.cross_entropy(model(x), target, reduction="sum")
+    x.requires_grad_()
+    y = model(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return F.cross_entropy(y, target, reduction="sum") + gradient.square().sum()
+
+
+def samples(loaders, step):
+    return sum(sizes[step] for sizes in loaders if step < len(sizes))
+
+
+def wrapped(model, broadcast=True):
+    ddp = DistributedDataParallel(syncbn.convert(model))
+    ddp.broadcast_buffers = broadcast
+    return ddp, syncbn.SyncBatchNormJoin(ddp), torch.optim.SGD(ddp.parameters(), lr=0.01)
+
+
+def epoch(world, ddp, optimizer, loaders, penalty=False):
+    """The steps of a rank, inside of a Join."""
+    for step, size in enumerate(loaders[world.rank]):
+        x, target = share(world.rank, step, size)
+        optimizer.zero_grad()
+        (loss_of(ddp, x, target, penalty) * world.size / samples(loaders, step)).backward()
+        optimizer.step()
+
+
+def one_process(model, optimizer, loaders, penalty=False):
+    for step in range(max(map(len, loaders))):
+        x, target = whole(loaders, step)
+        optimizer.zero_grad()
+        (loss_of(model, x, target, penalty) / len(x)).backward()
+        optimizer.step()
+
+
+def check(case, model):
+    for rank, result in enumerate(results()):
+        assert_same_state(model, result[case], f"rank {rank}")
+
+
+def _trained(world, use):
+    ddp, joined, optimizer = wrapped(Net(use), broadcast=False)
+    with Join([joined, ddp]):
+        epoch(world, ddp, optimizer, UNEVEN, use == "gradient penalty")
+    return ddp.module.state_dict()
+
+
+@pytest.mark.parametrize("use", USES)
+def test_calls_made_in_a_backward_are_followed(use):
+    model = Net()
+    one_process(model, torch.optim.SGD(model.parameters(), lr=0.01), UNEVEN, use == "gradient penalty")
+    check(use, model)
+
+
+class StopError(Exception):
+    """What a training loop catches."""
+
+
+CUTS = [(0, False), (0, True), (1, False), (1, True)]  # the step, and whether by an exception
+
+
+def _cut_short(world):
+    """Epochs whose first or second step ends before its backward, by break or exception, and whole ones between them."""
+    ddp, joined, optimizer = wrapped(Net())
+    for cut, stop in CUTS:
+        try:
+            with Join([joined, ddp]):
+                for step, sizes in enumerate(zip(*EQUAL, strict=True)):
+                    x, target = share(world.rank, step, sizes[world.rank])
+                    optimizer.zero_grad()
+                    loss = loss_of(ddp, x, target, False) * world.size / samples(EQUAL, step)
+                    if step == cut:
+                        break
+                    loss.backward()
+                    optimizer.step()
+                if stop:
+                    raise StopError
+        except StopError:
+            ddp.eval()
+            ddp(x)
+            ddp.train()
+            loss_of(ddp, x, target, False).backward()  # of no Join
+        with Join([joined, ddp]):
+            epoch(world, ddp, optimizer, LATER)
+    return ddp.module.state_dict()
+
+
+def test_contexts_after_a_step_cut_short():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for cut, stop in CUTS:
+        one_process(model, optimizer, [sizes[:cut] for sizes in EQUAL])
+        for _ in range(1 + stop):
+            model(whole(EQUAL, cut)[0])
+        one_process(model, optimizer, LATER)
+    check("_cut_short", model)
+
+
+def _other_layers_in_each_context(world):
+    """Fine-tuning: the first layers are frozen after an epoch, the last thaw after another."""
+    ddp, joined, optimizer = wrapped(Net())
+    for frozen in [["first"], ["first", "middle", "last"], ["last"]]:
+        for name in ["first", "middle", "last"]:
+            getattr(ddp.module, name).train(name not in frozen)
+        with Join([joined, ddp]):
+            epoch(world, ddp, optimizer, UNEVEN)
+    return ddp.module.state_dict()
+
+
+def test_each_context_has_a_schedule_of_its_own():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for frozen in [["first"], ["first", "middle", "last"], ["last"]]:
+        for name in ["first", "middle", "last"]:
+            getattr(model, name).train(name not in frozen)
+        one_process(model, optimizer, UNEVEN)
+    check("_other_layers_in_each_context", model)
+
+
+CASES = [_cut_short, _other_layers_in_each_context]
