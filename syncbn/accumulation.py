@@ -65,7 +65,7 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     with Calls(layers, add).watch():
         yield
     for layer, message in sums.items():
-        _move(layer, message)
+        move_statistics(layer, message)
 
 
 class Calls:
@@ -141,7 +141,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _move(layer: Any, message: Tensor) -> None:
+def move_statistics(layer: Any, message: Tensor) -> None:
     """One step of the layer's running statistics towards those of the reduced message (2C+1,)."""
     mean, var, counted = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if not layer.track_running_stats or mean is None or var is None:

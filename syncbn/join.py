@@ -20,11 +20,19 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
 from . import collectives
+from .accumulation import Calls, is_compiled, move_statistics
 from .collectives import Call, CollectiveError, Group, timeout
 from .control import own_group
-from .equations import statistics
-from .kernels import Running, move
 from .module import _Synchronized
+
+COMPILED = (
+    "given a compiled model or training step, whose collectives are not seen; expected eager mode in SyncBatchNormJoin: use "
+    "syncbn.even_steps"
+)
+HELD = (
+    "given accumulate_statistics or update_bn_stats in SyncBatchNormJoin, and no broadcast of buffers: ranks out of data would "
+    "keep other running statistics; expected broadcast_buffers=True, or use syncbn.even_steps"
+)
 
 
 class _Entry(NamedTuple):
@@ -52,10 +60,11 @@ class SyncBatchNormJoin(Joinable):
     differentiate twice. Another order is an error on the ranks that have data, and for `syncbn.even_steps`, which takes any.
     Each context has a schedule of its own, its first step's, whatever ended the one before.
 
-    Takes any of the wrapper's broadcast of buffers, find_unused_parameters and no_sync. What Join does not send is the state of
-    the optimizer: a rank that was out of data has momentum of its own, and even_steps keeps it alike. With accelerate
-    `accelerator.join_uneven_inputs([joined, ddp_model], even_batches=False)`, which serves GPUs only: on the CPU it warns and
-    does nothing.
+    Takes any of the wrapper's broadcast of buffers, find_unused_parameters and no_sync; `accumulate_statistics` with broadcast
+    of buffers alone; nothing compiled, whose collectives are not seen. What is not taken is a ValueError on every rank, at the
+    start of a context or in its first step. What Join does not send is the state of the optimizer: a rank that was out of data
+    has momentum of its own, and even_steps keeps it alike. With accelerate `accelerator.join_uneven_inputs([joined, ddp_model],
+    even_batches=False)`, which serves GPUs only: on the CPU it warns and does nothing.
 
     The layers get a group of their own, of the same ranks, for good, which cannot be pickled: save the state_dict. Their paths
     in messages become those in the wrapped model.
@@ -68,12 +77,13 @@ class SyncBatchNormJoin(Joinable):
 
         Raises:
             TypeError: no DistributedDataParallel.
-            ValueError: no layer of ours in it, or one over other ranks.
+            ValueError: no layer of ours in it, or one over other ranks; a compiled model, at each context too.
         """
         super().__init__()
         if not isinstance(ddp, DistributedDataParallel):
             raise TypeError(f"given a {type(ddp).__name__}; expected a DistributedDataParallel")
         self.ddp = ddp
+        self._refuse_compiled()
         self.layers = {path: layer for path, layer in ddp.module.named_modules() if isinstance(layer, _Synchronized)}
         if not self.layers:
             raise ValueError("given a model without layers of syncbn; expected some: syncbn.convert it before wrapping")
@@ -90,6 +100,7 @@ class SyncBatchNormJoin(Joinable):
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Of a new context, which alone holds its schedule: it goes when an exception leaves the context."""
+        self._refuse_compiled()
         self.contexts += 1
         schedule = _Schedule(self.store, self.contexts)
         collectives.watchers[self.group] = schedule
@@ -103,8 +114,15 @@ class SyncBatchNormJoin(Joinable):
     def join_process_group(self) -> Any:
         return self.ddp.join_process_group
 
+    def _refuse_compiled(self) -> None:
+        if is_compiled(self.ddp):
+            raise ValueError(COMPILED)
+
     def _before_forward(self, ddp: Any, args: Any) -> None:
-        """Tell Join that this rank has data, in the place of the wrapper."""
+        self._start_step(COMPILED if torch.compiler.is_compiling() else self._problem())
+
+    def _start_step(self, problem: str | None) -> None:
+        """Tell Join that this rank has data, in the place of the wrapper, and the schedule what its step cannot have."""
         if not self._join_config.enable:
             return
         schedule: Any = collectives.watchers.get(self.group)
@@ -112,9 +130,17 @@ class SyncBatchNormJoin(Joinable):
             raise ValueError("given Join([ddp_model, joined, ...]); expected Join([joined, ddp_model, ...]), ours first")
         work = Join.notify_join_context(self)
         if work is not None:
-            ddp.reducer._set_forward_pass_work_handle(work, ddp._divide_by_initial_world_size)
+            self.ddp.reducer._set_forward_pass_work_handle(work, self.ddp._divide_by_initial_world_size)
         if schedule is not None:
-            schedule.begin()
+            schedule.begin(problem)
+
+    # As torch.compiler.disable, without importing the compiler: run, and not traced, in a compiled training step.
+    _start_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _problem(self) -> str | None:
+        """Why no rank that is out of data could follow a step that starts now."""
+        held = {layer for one in collectives.observers() if isinstance(one, Calls) for layer in one.layers}
+        return None if self.ddp.broadcast_buffers or held.isdisjoint(self.layers.values()) else HELD
 
 
 class _Schedule:
@@ -123,12 +149,20 @@ class _Schedule:
     def __init__(self, store: Any, context: int) -> None:
         self.store = store
         self.context = context
+        self.words = 0  # published, or read
         self.entries: list[_Entry] = []
         self.whole = False  # a step is recorded
         self.at: int | None = None  # calls made in this step; None: this rank has had no data
 
-    def begin(self) -> None:
-        """A forward of the wrapped model starts."""
+    def begin(self, problem: str | None) -> None:
+        """A forward of the wrapped model starts. In the first step the ranks that are out of data raise its problem too."""
+        if problem is not None:
+            rank, size = collectives.rank_and_size()
+            problem = f"{problem} (rank {rank} of {size})"
+        if self.at is None:
+            self._publish(problem)
+        if problem is not None:
+            raise ValueError(problem)
         self.end()
         if self.whole and self.at != len(self.entries):
             raise self._error(f"a forward after {self.at} calls of a step")
@@ -165,20 +199,29 @@ class _Schedule:
             "one order of calls only, use syncbn.even_steps"
         )
 
-    def _publish(self, entry: _Entry | None) -> None:
-        self.store.set(f"{self.context}/{len(self.entries)}", pickle.dumps(entry))
+    def _publish(self, word: Any) -> None:
+        self.store.set(f"{self.context}/{self.words}", pickle.dumps(word))
+        self.words += 1
+
+    def _read(self, seconds: float) -> Any:
+        """The next word of the ranks that have data."""
+        key, end = f"{self.context}/{self.words}", time.monotonic() + seconds
+        while not self.store.check([key]):
+            if time.monotonic() > end:
+                raise CollectiveError(f"no word from the ranks that have data within {seconds:g} s; expected their calls")
+            time.sleep(0.001)
+        self.words += 1
+        return pickle.loads(self.store.get(key))
+
+    def accept(self, seconds: float) -> None:
+        """Raise the problem of the other ranks' first step, if it has one."""
+        problem = self._read(seconds)
+        if problem is not None:
+            raise ValueError(problem)
 
     def follow(self, seconds: float) -> Iterator[_Entry]:
         """The calls of a first step that other ranks are in, as they come."""
-        while True:
-            key, end = f"{self.context}/{len(self.entries)}", time.monotonic() + seconds
-            while not self.store.check([key]):
-                if time.monotonic() > end:
-                    raise CollectiveError(f"no word from the ranks that have data within {seconds:g} s; expected their calls")
-                time.sleep(0.001)
-            entry = pickle.loads(self.store.get(key))
-            if entry is None:
-                break
+        while (entry := self._read(seconds)) is not None:
             self.entries.append(entry)
             yield entry
         self.whole = True
@@ -190,6 +233,7 @@ class _Shadow(JoinHook):
     def __init__(self, joined: SyncBatchNormJoin, schedule: _Schedule) -> None:
         self.joined = joined
         self.schedule = schedule
+        self.seconds = timeout(joined.group).total_seconds()
         self.posted: list[tuple[_Entry, Tensor, Any]] = []  # call, message, work
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -201,6 +245,7 @@ class _Shadow(JoinHook):
         if self.schedule.whole:
             self._post(self.schedule.entries)
         else:
+            self.schedule.accept(self.seconds)
             self.thread = threading.Thread(target=self._follow, daemon=True)
             self.thread.start()
 
@@ -213,7 +258,7 @@ class _Shadow(JoinHook):
 
     def _follow(self) -> None:
         try:
-            self._post(self.schedule.follow(timeout(self.joined.group).total_seconds()))
+            self._post(self.schedule.follow(self.seconds))
         except BaseException as error:
             self.error = error
 
@@ -222,7 +267,6 @@ class _Shadow(JoinHook):
             message = torch.zeros(entry.size, dtype=torch.float64, device=self.joined.join_device)
             self.posted.append((entry, message, collectives.post(message, self.joined.group)))
 
-    @torch.no_grad()
     def _finish(self) -> None:
         """Wait for what was posted, and move the running statistics as the ranks with data do."""
         if self.thread is not None:
@@ -238,15 +282,6 @@ class _Shadow(JoinHook):
                     f"a rank out of data waited in vain for {entry.phase} of layer {entry.layer!r}; expected the ranks with "
                     "data to call it within the group's timeout: look for the first error among them"
                 ) from error
-            running = _running(self.joined.layers[entry.layer])
-            if entry.phase == "forward" and running is not None:
-                move(running, statistics(message))
+            if entry.phase == "forward":
+                move_statistics(self.joined.layers[entry.layer], message)
         self.posted = []
-
-
-def _running(layer: Any) -> Running | None:
-    """The buffers that a forward of the layer moves."""
-    mean, var, counted = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    if not layer.track_running_stats or mean is None or var is None:
-        return None
-    return Running(mean, var, counted, 0.0 if layer.momentum is None and counted is None else layer.momentum)

@@ -184,4 +184,94 @@ def test_each_context_has_a_schedule_of_its_own():
     check("_other_layers_in_each_context", model)
 
 
-CASES = [_cut_short, _other_layers_in_each_context]
+def message_of(kind, function):
+    try:
+        function()
+    except kind as error:
+        return str(error)
+    return None
+
+
+def _compiled(world):
+    """Before the wrapper, as a part, after the constructor of ours, and a training step as a whole."""
+    part = Net()
+    part.middle.compile(backend="aot_eager")
+    later = wrapped(Net())[:2]
+    later[0].compile(backend="aot_eager")
+    ddp, joined, _ = wrapped(Net())
+    train = torch.compile(lambda x: ddp(x).square().sum().backward(), backend="aot_eager")
+    refused = [
+        lambda: wrapped(torch.compile(Net(), backend="aot_eager")),
+        lambda: wrapped(part),
+        lambda: Join(later[::-1]),
+        lambda: steps(world, [joined, ddp], train),
+    ]
+    return [message_of(ValueError, function) for function in refused]
+
+
+def steps(world, joinables, train):
+    """As many as the rank's number."""
+    with Join(joinables):
+        for step in range(world.rank):
+            train(share(world.rank, step, 2)[0])
+
+
+def test_a_compiled_model_is_refused_on_every_rank():
+    for result in results():
+        assert len(result["_compiled"]) == 4
+        for message in result["_compiled"]:
+            assert message is not None
+            assert "given a compiled model or training step" in message
+
+
+class First(nn.Sequential):
+    """Statistics that are those of the input."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(162, 3))
+        self.double()
+
+
+def _accumulated(world, broadcast):
+    """Steps of two micro-batches."""
+    ddp, joined, _ = wrapped(First(), broadcast)
+    with Join([joined, ddp]):
+        for step in range(0, 2 * world.rank, 2):
+            with syncbn.accumulate_statistics(ddp):
+                with ddp.no_sync():
+                    ddp(share(world.rank, step, 2)[0]).sum().backward()
+                ddp(share(world.rank, step + 1, 3)[0]).sum().backward()
+    return ddp.module.state_dict()
+
+
+def _accumulated_with_broadcast(world):
+    return _accumulated(world, True)
+
+
+def _accumulated_without_broadcast(world):
+    return message_of(ValueError, lambda: _accumulated(world, False))
+
+
+def test_accumulated_statistics_with_broadcast_of_buffers():
+    model = First()
+    for step in (0, 2):
+        model(torch.cat([share(rank, step + part, 2 + part)[0] for rank in (1, 2) if step < 2 * rank for part in (0, 1)]))
+    check("_accumulated_with_broadcast", model)
+
+
+def test_accumulated_statistics_without_broadcast_are_refused_on_every_rank():
+    for result in results():
+        message = result["_accumulated_without_broadcast"]
+        assert message is not None
+        assert "given accumulate_statistics or update_bn_stats in SyncBatchNormJoin, and no broadcast" in message
+        assert message.endswith(("(rank 1 of 3)", "(rank 2 of 3)"))  # that of a rank with data
+
+
+CASES = [
+    _compiled,
+    _accumulated_with_broadcast,
+    _accumulated_without_broadcast,
+    _cut_short,
+    _other_layers_in_each_context,
+]
