@@ -185,13 +185,18 @@ class Reduced(NamedTuple):
 
 
 # The observer of a group: it sees all its calls, in any thread and in a backward too, and goes when nobody else holds it.
-watchers: weakref.WeakValueDictionary[ProcessGroup, Observer] = weakref.WeakValueDictionary()
+watchers: weakref.WeakValueDictionary[ProcessGroup | None, Observer] = weakref.WeakValueDictionary()
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
 
 
 def observers() -> tuple[Observer, ...]:
     """The observers of this context; none in compiled code. A backward uses its forward's: it may run in another thread."""
     return () if torch.compiler.is_compiling() else _observers.get()
+
+
+def observed(group: ProcessGroup | None) -> bool:
+    """Whether anyone sees a call over the group that starts now."""
+    return not torch.compiler.is_compiling() and bool(_observers.get() or group in watchers)
 
 
 def observe(observer: Observer) -> AbstractContextManager[None]:
@@ -262,7 +267,7 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
 
 
 def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
-    watcher = watchers.get(call.group) if call.group is not None else None
+    watcher = watchers.get(call.group)
     if watcher is not None:
         observers = (*observers, watcher)
     if not observers:

@@ -171,7 +171,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
     problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    forward = Forward(site.module) if collectives.observers() else None
+    forward = Forward(site.module) if collectives.observed(group) else None
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
     if mask is not None or differentiable.wanted():
         return differentiable.batch_norm(x, affine, running, call, None if mask is None else _broadcast(mask, x))

@@ -38,9 +38,10 @@ HELD = (
 class _Entry(NamedTuple):
     """A collective of a layer, as the ranks that are out of data have to know it."""
 
-    phase: str
-    layer: str  # its path in the wrapped model
     size: int  # of the message, float64
+    moves: int | None  # the layer whose running statistics it moves, by its place in the model
+    phase: str
+    layer: str  # its name
 
 
 class SyncBatchNormJoin(Joinable):
@@ -84,17 +85,18 @@ class SyncBatchNormJoin(Joinable):
             raise TypeError(f"given a {type(ddp).__name__}; expected a DistributedDataParallel")
         self.ddp = ddp
         self._refuse_compiled()
-        self.layers = {path: layer for path, layer in ddp.module.named_modules() if isinstance(layer, _Synchronized)}
-        if not self.layers:
+        layers = {path: layer for path, layer in ddp.module.named_modules() if isinstance(layer, _Synchronized)}
+        if not layers:
             raise ValueError("given a model without layers of syncbn; expected some: syncbn.convert it before wrapping")
-        for path, layer in self.layers.items():
+        for path, layer in layers.items():
             if layer.process_group is not ddp.process_group:
                 raise ValueError(
                     f"given layer {path!r} with {layer._syncbn.group!r}; expected the group of the DistributedDataParallel"
                 )
         self.group, self.store = own_group(ddp.process_group)
-        for path, layer in self.layers.items():
+        for path, layer in layers.items():
             layer._syncbn = layer._syncbn._replace(group=Group(self.group), path=path)
+        self.layers = list(layers.values())
         self.contexts = 0  # made so far: the same number on every rank
         ddp.register_forward_pre_hook(self._before_forward, prepend=True)
 
@@ -102,7 +104,7 @@ class SyncBatchNormJoin(Joinable):
         """Of a new context, which alone holds its schedule: it goes when an exception leaves the context."""
         self._refuse_compiled()
         self.contexts += 1
-        schedule = _Schedule(self.store, self.contexts)
+        schedule = _Schedule(self.store, self.contexts, self.layers)
         collectives.watchers[self.group] = schedule
         return _Shadow(self, schedule)
 
@@ -140,15 +142,16 @@ class SyncBatchNormJoin(Joinable):
     def _problem(self) -> str | None:
         """Why no rank that is out of data could follow a step that starts now."""
         held = {layer for one in collectives.observers() if isinstance(one, Calls) for layer in one.layers}
-        return None if self.ddp.broadcast_buffers or held.isdisjoint(self.layers.values()) else HELD
+        return None if self.ddp.broadcast_buffers or held.isdisjoint(self.layers) else HELD
 
 
 class _Schedule:
     """Sees all calls of the layers in a context: those of its first step, recorded and published, and checked from then on."""
 
-    def __init__(self, store: Any, context: int) -> None:
+    def __init__(self, store: Any, context: int, layers: list[Any]) -> None:
         self.store = store
         self.context = context
+        self.places = {layer: place for place, layer in enumerate(layers)}
         self.words = 0  # published, or read
         self.entries: list[_Entry] = []
         self.whole = False  # a step is recorded
@@ -175,14 +178,16 @@ class _Schedule:
             self.whole = True
 
     def before(self, call: Call, local: Tensor) -> None:
-        entry = _Entry(call.phase, call.layer, local.numel())
+        moving = call.phase == "forward" and call.sums
+        moves = self.places.get(call.forward.layer) if moving else None
+        entry = _Entry(local.numel(), moves, call.phase, call.layer)
         given = f"{entry.phase} of layer {entry.layer!r} with {entry.size} values"
         if self.at is None:
             raise self._error(f"{given} before a forward of the wrapped model")
         if not self.whole:
             self._publish(entry)
             self.entries.append(entry)
-        elif self.at == len(self.entries) or entry != self.entries[self.at]:
+        elif self.at == len(self.entries) or entry[:2] != self.entries[self.at][:2]:
             raise self._error(f"{given} as call {self.at + 1} of a step")
         self.at += 1
 
@@ -282,6 +287,6 @@ class _Shadow(JoinHook):
                     f"a rank out of data waited in vain for {entry.phase} of layer {entry.layer!r}; expected the ranks with "
                     "data to call it within the group's timeout: look for the first error among them"
                 ) from error
-            if entry.phase == "forward":
-                move_statistics(self.joined.layers[entry.layer], message)
+            if entry.moves is not None:
+                move_statistics(self.joined.layers[entry.moves], message)
         self.posted = []

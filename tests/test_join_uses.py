@@ -2,6 +2,7 @@
 
 Rank 0 has no batch in an epoch that counts, so that it has to be told every call; another runs out, and knows them."""
 
+import contextlib
 import functools
 
 import pytest
@@ -268,10 +269,31 @@ def test_accumulated_statistics_without_broadcast_are_refused_on_every_rank():
         assert message.endswith(("(rank 1 of 3)", "(rank 2 of 3)"))  # that of a rank with data
 
 
+def _under_other_names(world):
+    """Monitors of parts of the model name its layers by other paths, and others in the next step by the same ones."""
+    ddp, joined, optimizer = wrapped(Net(), broadcast=False)
+    parts = [ddp.module.middle, ddp.module.first, None, ddp.module.middle]
+    with Join([joined, ddp]):
+        for step, size in enumerate(UNEVEN[world.rank]):
+            x, target = share(world.rank, step, size)
+            with syncbn.monitor(parts[step]) if parts[step] else contextlib.nullcontext():
+                optimizer.zero_grad()
+                (loss_of(ddp, x, target, False) * world.size / samples(UNEVEN, step)).backward()
+            optimizer.step()
+    return ddp.module.state_dict()
+
+
+def test_layers_are_known_by_themselves():
+    model = Net()
+    one_process(model, torch.optim.SGD(model.parameters(), lr=0.01), UNEVEN)
+    check("_under_other_names", model)
+
+
 CASES = [
     _compiled,
     _accumulated_with_broadcast,
     _accumulated_without_broadcast,
     _cut_short,
+    _under_other_names,
     _other_layers_in_each_context,
 ]
