@@ -25,14 +25,17 @@ from .collectives import Call, CollectiveError, Group, timeout
 from .control import own_group
 from .module import _Synchronized
 
-COMPILED = (
-    "given a compiled model or training step, whose collectives are not seen; expected eager mode in SyncBatchNormJoin: use "
-    "syncbn.even_steps"
-)
+COMPILED = "given a compiled model or training step, whose collectives are not seen; expected eager mode, or syncbn.even_steps"
+UNSEEN = "given a forward in which no layer in training mode was seen; expected one, in eager mode, or syncbn.even_steps"
 HELD = (
     "given accumulate_statistics or update_bn_stats in SyncBatchNormJoin, and no broadcast of buffers: ranks out of data would "
     "keep other running statistics; expected broadcast_buffers=True, or use syncbn.even_steps"
 )
+
+
+def _refused(problem: str) -> ValueError:
+    rank, size = collectives.rank_and_size()
+    return ValueError(f"{problem} (rank {rank} of {size})")
 
 
 class _Entry(NamedTuple):
@@ -99,6 +102,7 @@ class SyncBatchNormJoin(Joinable):
         self.layers = list(layers.values())
         self.contexts = 0  # made so far: the same number on every rank
         ddp.register_forward_pre_hook(self._before_forward, prepend=True)
+        ddp.register_forward_hook(self._after_forward)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Of a new context, which alone holds its schedule: it goes when an exception leaves the context."""
@@ -118,15 +122,14 @@ class SyncBatchNormJoin(Joinable):
 
     def _refuse_compiled(self) -> None:
         if is_compiled(self.ddp):
-            raise ValueError(COMPILED)
+            raise _refused(COMPILED)
 
     def _before_forward(self, ddp: Any, args: Any) -> None:
-        self._start_step(COMPILED if torch.compiler.is_compiling() else self._problem())
+        if self._join_config.enable:
+            self._start_step(COMPILED if torch.compiler.is_compiling() else self._problem())
 
     def _start_step(self, problem: str | None) -> None:
         """Tell Join that this rank has data, in the place of the wrapper, and the schedule what its step cannot have."""
-        if not self._join_config.enable:
-            return
         schedule: Any = collectives.watchers.get(self.group)
         if schedule is not None and not self._join_config.is_first_joinable:
             raise ValueError("given Join([ddp_model, joined, ...]); expected Join([joined, ddp_model, ...]), ours first")
@@ -134,10 +137,16 @@ class SyncBatchNormJoin(Joinable):
         if work is not None:
             self.ddp.reducer._set_forward_pass_work_handle(work, self.ddp._divide_by_initial_world_size)
         if schedule is not None:
-            schedule.begin(problem)
+            schedule.begin(None if problem is None else _refused(problem))
 
     # As torch.compiler.disable, without importing the compiler: run, and not traced, in a compiled training step.
     _start_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _after_forward(self, ddp: Any, args: Any, output: Any) -> None:
+        if self._join_config.enable and self.group.size() > 1 and any(layer.training for layer in self.layers):
+            schedule: Any = collectives.watchers.get(self.group)
+            if schedule is not None and schedule.at == 0:
+                raise _refused(UNSEEN)  # code that was compiled by itself
 
     def _problem(self) -> str | None:
         """Why no rank that is out of data could follow a step that starts now."""
@@ -157,15 +166,12 @@ class _Schedule:
         self.whole = False  # a step is recorded
         self.at: int | None = None  # calls made in this step; None: this rank has had no data
 
-    def begin(self, problem: str | None) -> None:
+    def begin(self, problem: ValueError | None) -> None:
         """A forward of the wrapped model starts. In the first step the ranks that are out of data raise its problem too."""
-        if problem is not None:
-            rank, size = collectives.rank_and_size()
-            problem = f"{problem} (rank {rank} of {size})"
         if self.at is None:
             self._publish(problem)
         if problem is not None:
-            raise ValueError(problem)
+            raise problem
         self.end()
         if self.whole and self.at != len(self.entries):
             raise self._error(f"a forward after {self.at} calls of a step")
@@ -208,25 +214,22 @@ class _Schedule:
         self.store.set(f"{self.context}/{self.words}", pickle.dumps(word))
         self.words += 1
 
-    def _read(self, seconds: float) -> Any:
-        """The next word of the ranks that have data."""
+    def read(self, seconds: float) -> Any:
+        """The next word of the ranks that have data; raised if it is their problem."""
         key, end = f"{self.context}/{self.words}", time.monotonic() + seconds
         while not self.store.check([key]):
             if time.monotonic() > end:
                 raise CollectiveError(f"no word from the ranks that have data within {seconds:g} s; expected their calls")
             time.sleep(0.001)
         self.words += 1
-        return pickle.loads(self.store.get(key))
-
-    def accept(self, seconds: float) -> None:
-        """Raise the problem of the other ranks' first step, if it has one."""
-        problem = self._read(seconds)
-        if problem is not None:
-            raise ValueError(problem)
+        word = pickle.loads(self.store.get(key))
+        if isinstance(word, ValueError):
+            raise word
+        return word
 
     def follow(self, seconds: float) -> Iterator[_Entry]:
         """The calls of a first step that other ranks are in, as they come."""
-        while (entry := self._read(seconds)) is not None:
+        while (entry := self.read(seconds)) is not None:
             self.entries.append(entry)
             yield entry
         self.whole = True
@@ -250,7 +253,7 @@ class _Shadow(JoinHook):
         if self.schedule.whole:
             self._post(self.schedule.entries)
         else:
-            self.schedule.accept(self.seconds)
+            self.schedule.read(self.seconds)  # a step that all can take
             self.thread = threading.Thread(target=self._follow, daemon=True)
             self.thread.start()
 

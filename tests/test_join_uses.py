@@ -26,7 +26,7 @@ LATER = [[2], [3, 2, 2, 4], [4, 1]]  # torch's wrapper takes no empty rank after
 @functools.cache
 def results():
     """What each rank returns for every case."""
-    return worlds.run_fresh(WORLD, _all_cases)
+    return worlds.run_fresh(WORLD, _all_cases, timeout=120.0)
 
 
 def _all_cases(world):
@@ -210,6 +210,35 @@ def _compiled(world):
     return [message_of(ValueError, function) for function in refused]
 
 
+class Hidden(nn.Module):
+    """Its layer runs in a function that is compiled, which no module tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+        self.run = torch.compile(lambda x: self.norm(x), backend="aot_eager")
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def _compiled_in_secret(world):
+    ddp, joined, _ = wrapped(Hidden())
+
+    def step():
+        with Join([joined, ddp]):
+            ddp(share(world.rank, 0, 2)[0].float())
+
+    return message_of(ValueError, step)
+
+
+def test_a_step_without_calls_is_refused():
+    for rank, result in enumerate(results()):
+        assert result["_compiled_in_secret"] is not None
+        assert "in which no layer in training mode was seen" in result["_compiled_in_secret"]
+        assert f"(rank {rank} of 3)" in result["_compiled_in_secret"]
+
+
 def steps(world, joinables, train):
     """As many as the rank's number."""
     with Join(joinables):
@@ -291,6 +320,7 @@ def test_layers_are_known_by_themselves():
 
 CASES = [
     _compiled,
+    _compiled_in_secret,
     _accumulated_with_broadcast,
     _accumulated_without_broadcast,
     _cut_short,
