@@ -643,18 +643,18 @@ def _waiting(world):
             if world.rank == 0 and step == 1:
                 raise ZeroDivisionError
     except Exception as error:
-        time.sleep(4 if world.rank == 0 else 0)
+        time.sleep(8 if world.rank == 0 else 0)
         return step, type(error).__name__, str(error), time.monotonic() - start
 
 
 def test_an_error_in_the_loop_of_one_rank_lets_the_others_wait_no_longer_than_the_timeout():
-    results = worlds.run_fresh(3, _waiting, group_timeout=2.0)
+    results = worlds.run_fresh(3, _waiting, group_timeout=4.0)
     assert results[0][:2] == (1, "ZeroDivisionError")
     for step, kind, text, seconds in results[1:]:
         assert (step, kind) == (2, "CollectiveError")
         assert text.startswith("no answer from rank 0, where rank ")
-        assert "in step 3 of loop 1 of even_steps: gone, frozen, or elsewhere for longer than 0:00:02; expected" in text
-        assert seconds < 3.5, "one timeout"
+        assert "in step 3 of loop 1 of even_steps: gone, frozen, or elsewhere for longer than 0:00:04; expected" in text
+        assert seconds < 7.5, "one timeout"
 
 
 def _unanswered(world):
