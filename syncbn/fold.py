@@ -17,6 +17,7 @@ NORMS = (
 )
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # how torch's names begin: of the hooks and of their flags
 
 
 def fold(model: nn.Module) -> fx.GraphModule:
@@ -24,9 +25,10 @@ def fold(model: nn.Module) -> fx.GraphModule:
 
     W' = s·W and b' = s·(b − E[x]) + β with s = γ·(Var[x] + ε)^(−1/2) (Ioffe & Szegedy 2015, section 3.1, algorithm 2), by
     torch's own fusion. Folded where the layer's output goes to the batch norm alone, the batch norm has running statistics and
-    no mask, both are of torch's own classes or ours, and neither is called elsewhere in the graph; all else stays as it is, as
-    do the addition and the ReLU of a SyncBatchNormReLU. A linear layer is taken to have (N, C) input, where its features are
-    the channels.
+    no mask, both are of torch's own classes or ours and have no hooks around their forward (the older weight_norm,
+    spectral_norm and prune are such hooks), neither is called elsewhere in the graph, and nothing else reads the layer's
+    parameters; all else stays as it is, as do the addition and the ReLU of a SyncBatchNormReLU. A linear layer is taken to have
+    (N, C) input, where its features are the channels.
 
     Args:
         model: any model that torch.fx can trace. It is left as it is.
@@ -35,8 +37,13 @@ def fold(model: nn.Module) -> fx.GraphModule:
         The copy in eval mode, its outputs equal to those of model.eval() to rounding.
 
     Raises:
-        ValueError: torch.fx cannot trace the model.
+        ValueError: torch.fx cannot trace the model, or its forward was replaced in the instance.
     """
+    if "forward" in vars(model):
+        raise ValueError(
+            f"given a {type(model).__name__} whose forward was replaced in the instance; expected that of its class, which "
+            "torch.fx traces: undo the replacement, or fold the model before it"
+        )
     twin = revert(copy.deepcopy(model)).eval()
     try:
         traced = fx.GraphModule(twin, _Tracer().trace(twin))
@@ -45,12 +52,14 @@ def fold(model: nn.Module) -> fx.GraphModule:
             f"given a {type(model).__name__} that torch.fx cannot trace; expected one without control flow on values: "
             "fold its traceable parts one by one"
         ) from error
+    vars(traced).update({name: value for name, value in vars(twin).items() if name.startswith(HOOKS)})
+    read = {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
         before = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        if calls[before.target] > 1 or calls[node.target] > 1:
+        if calls[before.target] > 1 or calls[node.target] > 1 or before.target in read:
             continue
         norm = traced.get_submodule(str(node.target))
         fused = None if _is_masked(node, norm) else _fused(traced.get_submodule(str(before.target)), norm)
@@ -83,9 +92,15 @@ def _activated(graph: fx.Graph, node: fx.Node, before: fx.Node) -> fx.Node:
         return graph.call_function(torch.relu, (value,))
 
 
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than the forward of its class."""
+    own = vars(layer)
+    return "forward" in own or any(own[name] for name in own if name.startswith(HOOKS))
+
+
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """One layer that computes both, or None where torch's fusion does not apply."""
-    if type(norm) not in NORMS or norm.running_mean is None:
+    if type(norm) not in NORMS or norm.running_mean is None or _is_changed(layer) or _is_changed(norm):
         return None
     if type(layer) in CONVOLUTIONS:
         return fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var,arg-type]

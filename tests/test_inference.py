@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import syncbn
@@ -78,6 +78,72 @@ def test_fold_leaves_what_it_would_get_wrong():
     assert norms(folded) == ["BatchNorm2d"] * 5, "only the last is folded"
     expected = model.eval()(x)
     assert (folded(x) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def _pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def _clipped(layer):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x).relu()
+
+
+CHANGED = {
+    "hook": lambda layer: layer.register_forward_hook(lambda layer, given, y: y.relu()),
+    "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda layer, given: (given[0].relu(),)),
+    "pruned": _pruned,
+}
+CONVOLUTION = {
+    "weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
+    "spectral_norm": lambda layer: torch.nn.utils.spectral_norm(layer),
+    "forward": _clipped,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's of its older weight_norm
+@pytest.mark.parametrize(("place", "change"), [*((p, c) for p in (0, 1) for c in CHANGED), *((0, c) for c in CONVOLUTION)])
+@torch.no_grad()
+def test_fold_leaves_a_layer_that_does_more_than_its_class(place, change):
+    model, x = warmed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 5, 5)
+    (CHANGED | CONVOLUTION)[change](model[place])
+    folded, expected = syncbn.fold(model.eval()), model(x)
+    assert norms(folded) == ["BatchNorm2d"]
+    assert torch.equal(folded(x), expected)
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook"])
+def test_fold_keeps_the_hooks_of_the_model_itself(change):
+    model, x = warmed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 5, 5)
+    CHANGED[change](model)
+    folded, expected = syncbn.fold(model), model.eval()(x)
+    assert norms(folded) == []
+    assert torch.allclose(folded(x), expected, rtol=1e-12)
+
+
+def test_fold_of_a_model_whose_forward_was_replaced():
+    model, _ = warmed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 5, 5)
+    _clipped(model)
+    with pytest.raises(ValueError, match=r"given a Sequential whose forward was replaced in the instance; expected"):
+        syncbn.fold(model)
+
+
+class Tied(nn.Module):
+    """Decodes by the weight of the layer that encodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return nn.functional.conv_transpose2d(self.encoder(x), self.encoder[0].weight)
+
+
+def test_fold_leaves_a_layer_whose_weight_is_read_elsewhere():
+    model, x = warmed(Tied(), 2, 3, 5, 5)
+    folded = syncbn.fold(model)
+    assert norms(folded) == ["BatchNorm2d"]
+    assert torch.equal(folded(x), model.eval()(x))
 
 
 def test_fold_says_what_it_cannot_trace():
