@@ -15,7 +15,7 @@ ADVICE = "The file is left as it is: move it away to begin anew, or give another
 
 
 class CheckpointError(Exception):
-    """A file that this training cannot go on from."""
+    """A file that this training cannot go on from, or could not write."""
 
 
 class Progress(NamedTuple):
@@ -56,14 +56,14 @@ class Checkpoint(NamedTuple):
         """Put network and optimizer into the state that rank 0 finds, on every rank; where there is no file, leave them.
 
         Raises:
-            CheckpointError: on every rank: the file is no checkpoint of a run with these settings.
+            CheckpointError: on every rank: the file is no checkpoint of a run with these settings, or its folder is not there.
         """
         found: list[Any] = [self._read() if self.rank == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(found)
         state = found[0]
         if isinstance(state, str):
-            raise CheckpointError(f"given {self.path}, {state}. {ADVICE}")
+            raise CheckpointError(f"given {self.path}, {state}")
         if state is None:
             return Progress()
         self.network.load_state_dict(state["network"])
@@ -72,14 +72,19 @@ class Checkpoint(NamedTuple):
 
     def _read(self) -> dict[str, Any] | str | None:
         """The state, or what is wrong with the file."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return None
+        if not self.path.parent.is_dir():
+            return "in a folder that is not there; expected one that is"
+        if not self.path.exists():
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # a file may make the reader raise anything
-            return f"truncated or not a checkpoint ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return f"truncated or not a checkpoint ({reason}). {ADVICE}"
         if not isinstance(state, dict) or set(state) != {"settings", "progress", "network", "optimizer"}:
-            return "which another program wrote"
+            return f"which another program wrote. {ADVICE}"
         if state["settings"] != self.settings:
-            return f"of a run with {state['settings']}, where this one has {self.settings}"
+            return f"of a run with {state['settings']}, where this one has {self.settings}. {ADVICE}"
         return state

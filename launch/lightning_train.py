@@ -17,8 +17,8 @@ class Training(pl.LightningModule):
         self.options, self.images, self.network = options, images, network(images.shape[0], images.classes)
 
     def train_dataloader(self):
-        order = data.shuffled(data.split(len(self.images), self.options.seed)[0], self.options.seed, self.current_epoch)
-        return data.Batches(self.images, order, self.options.batch_size, self.global_rank, self.trainer.world_size)
+        order = data.shuffled(data.split(len(self.images), (given := self.options).seed)[0], given.seed, self.current_epoch)
+        return data.Batches(self.images, order, given.batch_size, self.global_rank, self.trainer.world_size, 0, given.workers)
 
     def training_step(self, batch, number):
         x, labels, samples = batch  # this rank's share, and the samples of all ranks: see loop.py
@@ -29,12 +29,12 @@ class Training(pl.LightningModule):
 
 
 if __name__ == "__main__":
-    (parser := arguments()).add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    file = (options.checkpoint or data.Path("lightning")).with_suffix(".ckpt").absolute()
+    options = arguments(for_lightning=True).parse_args()
+    file = options.checkpoint and options.checkpoint.with_suffix(".ckpt").absolute()
     settings = {"devices": options.processes, "accelerator": "gpu" if torch.cuda.is_available() else "cpu", "strategy": "ddp"}
-    settings["plugins"] = [SyncBatchNormPlugin()] if options.bn == "syncbn" else []
-    settings["callbacks"] = [ModelCheckpoint(file.parent, file.stem, enable_version_counter=False)]
+    settings |= {"sync_batchnorm": options.bn == "torch", "plugins": [SyncBatchNormPlugin()] if options.bn == "syncbn" else []}
+    settings["callbacks"] = [ModelCheckpoint(file.parent, file.stem, enable_version_counter=False)] if file else []
     settings |= {"max_epochs": options.epochs, "max_steps": options.steps or -1, "reload_dataloaders_every_n_epochs": 1}
     model = Training(options, data.open(options.data, options.image_size)).to(getattr(torch, options.dtype))
-    pl.Trainer(**settings, logger=False).fit(model, ckpt_path=file if file.exists() else None)
+    trainer = pl.Trainer(**settings, enable_checkpointing=file is not None, logger=False)
+    trainer.fit(model, ckpt_path=file if file and file.exists() else None)

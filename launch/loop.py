@@ -42,7 +42,7 @@ def fit(job: Job) -> Progress:
     options, rank, device = job.options, job.place.rank, job.place.device
     numbers, _ = data.split(len(job.images), options.seed)
     per_epoch = math.ceil(len(numbers) / options.batch_size)
-    last = min(options.epochs * per_epoch, options.steps or math.inf)
+    last = min(options.epochs * per_epoch, math.inf if options.steps is None else options.steps)
     step, losses, whole = job.checkpoint.restore()
     total = torch.tensor(whole if rank == 0 else 0.0, dtype=torch.float64, device=device)
     hidden = None if rank == 0 else True  # None: shown on a terminal

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import data
@@ -27,21 +28,54 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 
 
-def arguments() -> argparse.ArgumentParser:
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {least} or more")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of an option that takes numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0")
+    return value
+
+
+def batch_norm(text: str) -> str:
+    if text == "torch" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("given 'torch' without a GPU; expected local or syncbn")
+    return text
+
+
+def arguments(for_lightning: bool = False) -> argparse.ArgumentParser:
+    """The options; for Lightning those that it follows, and the number of processes, which it starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images, a subfolder per class; default: digits")
-    parser.add_argument("--image-size", type=int, default=64, help="what images of a folder are scaled to")
-    parser.add_argument("--workers", type=int, default=0, help="processes per rank that read images ahead")
-    parser.add_argument("--bn", choices=("local", "torch", "syncbn"), default="syncbn", help="torch: on GPUs only")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="end after this many, resumed ones included")
-    parser.add_argument("--batch-size", type=int, default=32, help="samples of all processes in a step")
-    parser.add_argument("--learning-rate", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0, help="of the initial network, the split and the order of the data")
+    parser.add_argument("--image-size", type=whole(1), default=64, help="what images of a folder are scaled to")
+    parser.add_argument("--workers", type=whole(0), default=0, help="processes per rank that read images ahead")
+    kinds = ("local", "torch", "syncbn")
+    parser.add_argument("--bn", type=batch_norm, choices=kinds, default="syncbn", help="torch: on GPUs only")
+    parser.add_argument("--epochs", type=whole(1), default=5)
+    parser.add_argument("--steps", type=whole(1), help="end after this many, resumed ones included")
+    parser.add_argument("--batch-size", type=whole(1), default=32, help="samples of all processes in a step")
+    parser.add_argument("--learning-rate", type=positive, default=0.05)
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the initial network, the split and the order of the data")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write it; go on from it if it exists")
-    parser.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait for a process")
+    if for_lightning:
+        parser.add_argument("--processes", type=whole(1), default=2)
+    else:
+        parser.add_argument("--checkpoint-every", type=whole(1), default=50, metavar="STEPS")
+        parser.add_argument("--timeout", type=positive, default=600, metavar="SECONDS", help="how long to wait for a process")
     return parser
 
 
@@ -64,9 +98,10 @@ def build(options: argparse.Namespace, images: data.Images, device: torch.device
     return model, torch.optim.SGD(model.parameters(), options.learning_rate, momentum=0.9)
 
 
-def settings(options: argparse.Namespace, images: data.Images) -> dict[str, int]:
+def settings(options: argparse.Namespace, images: data.Images) -> dict[str, int | float | str]:
     """What a run must have in common with the one whose checkpoint it goes on from."""
-    return {"seed": options.seed, "batch_size": options.batch_size, "samples": len(images), "classes": images.classes}
+    given = {name: getattr(options, name) for name in ("seed", "batch_size", "learning_rate", "bn", "dtype")}
+    return given | {"samples": len(images), "classes": images.classes}
 
 
 def train(options: argparse.Namespace, place: Place) -> Progress:

@@ -148,7 +148,8 @@ def accelerate(directory: Path) -> str:
 
 
 def lightning(directory: Path) -> str:
-    return start(sys.executable, LAUNCH / "lightning_train.py", *OPTIONS, "--checkpoint", directory / "run.ckpt")
+    options = [*OPTIONS[:-1], "--checkpoint", directory / "run.ckpt"]  # it writes at the end of an epoch alone
+    return start(sys.executable, LAUNCH / "lightning_train.py", *options)
 
 
 class Jobs:
@@ -285,7 +286,8 @@ def test_one_node_whose_workers_are_killed_many_times_ends_as_a_run_without_inte
 
 
 def test_local_batch_norm_is_another_network(interrupted, whole):
-    assert apart(read(interrupted[0] / "local.pt"), whole) > FAR
+    local = read(interrupted[0] / "local.pt")
+    assert apart(local | {"settings": whole["settings"]}, whole) > FAR
 
 
 def test_rank_0_alone_shows_progress_and_only_on_a_terminal(interrupted, capsys):
@@ -301,6 +303,45 @@ def test_every_rank_is_told_of_a_checkpoint_of_another_run(interrupted):
         assert re.search(
             r"straight.pt, of a run with {'seed': 0, .*}, where this one has {'seed': 1, .*}\. The file is", message
         )
+
+
+@pytest.mark.parametrize("option", ["--learning-rate=0.5", "--bn=local", "--dtype=float32"])
+def test_a_run_does_not_go_on_with_other_settings(interrupted, tmp_path, option):
+    shutil.copy(interrupted[0] / "straight.pt", tmp_path / "run.pt")
+    name, value = option.removeprefix("--").replace("-", "_").split("=")
+    with pytest.raises(checkpoint.CheckpointError, match=rf"of a run with .*, where this one has .*'{name}': '?{value}\b"):
+        alone("--checkpoint", tmp_path / "run.pt", option)
+
+
+def test_a_checkpoint_in_no_folder_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", None)
+    with pytest.raises(checkpoint.CheckpointError, match=r"given .*none/run.pt, in a folder that is not there; expected one"):
+        alone("--checkpoint", tmp_path / "none" / "run.pt")
+
+
+WRONG = {
+    "--steps=0": "given '0'; expected a whole number, 1 or more",
+    "--epochs=0": "given '0'; expected a whole number, 1 or more",
+    "--batch-size=-3": "given '-3'; expected a whole number, 1 or more",
+    "--batch-size=0": "given '0'; expected a whole number, 1 or more",
+    "--checkpoint-every=0": "given '0'; expected a whole number, 1 or more",
+    "--image-size=0": "given '0'; expected a whole number, 1 or more",
+    "--workers=-1": "given '-1'; expected a whole number, 0 or more",
+    "--seed=-1": "given '-1'; expected a whole number, 0 or more",
+    "--learning-rate=nan": "given 'nan'; expected a number above 0",
+    "--timeout=0": "given '0'; expected a number above 0",
+    "--bn=torch": "given 'torch' without a GPU; expected local or syncbn",
+}
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_an_option_that_cannot_be_is_an_error_of_one_line(option, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        train.arguments().parse_args([option])
+    assert ended.value.code == 2
+    name = option.split("=")[0]
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {name}: {WRONG[option]}")
 
 
 class _Runs:
@@ -476,6 +517,23 @@ def test_lightning(jobs, whole):
     state = torch.load(directory / "run.ckpt", weights_only=False)
     network = {name.removeprefix("network."): value for name, value in state["state_dict"].items()}
     assert apart(whole | {"network": network, "optimizer": state["optimizer_states"][0]}, whole) < NEAR
+
+
+@pytest.mark.parametrize("option", ["--bn=torch", "--checkpoint-every=7", "--timeout=9"])
+def test_lightning_takes_no_option_that_it_would_not_follow(option):
+    pytest.importorskip("lightning")
+    command = [sys.executable, str(LAUNCH / "lightning_train.py"), option]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment(), check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(rf"error: .*{option.split('=')[0]}", done.stderr)
+
+
+def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        start(sys.executable, LAUNCH / "lightning_train.py", "--processes=1", "--batch-size=95", "--steps=1")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "accelerate_train.py", "lightning_train.py", "agent.py"])
