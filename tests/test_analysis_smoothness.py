@@ -119,6 +119,20 @@ def test_layers_that_do_not_normalize_by_their_batch_are_left_out():
         batch_norm_smoothness(net().eval(), cross_entropy, (*whole_batch(), 1))
 
 
+def _torchs_own(world):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(net(), world.group)
+    try:
+        batch_norm_smoothness(model, cross_entropy, share_of(world, (3,) * world.size), world.group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_torchs_synchronized_layer_is_refused():
+    for told in worlds.run(2, _torchs_own):
+        assert told.startswith("given layer 'norm', a torch.nn.SyncBatchNorm of 2 ranks; expected layers of syncbn")
+
+
 def test_a_layer_on_the_data_itself():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
     (layer,) = batch_norm_smoothness(model, lambda model, x: model(x).square().mean(), whole_batch()[0][:, 0, :3])

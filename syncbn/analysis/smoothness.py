@@ -26,7 +26,7 @@ from .. import equations
 from ..collectives import GroupLike
 from ..module import SyncBatchNormReLU, _Synchronized
 from .objective import Loss, Objective, objective
-from .ranks import sum_over_ranks
+from .ranks import resolve, size_of, sum_over_ranks
 
 
 class LayerSmoothness(NamedTuple):
@@ -68,10 +68,16 @@ def batch_norm_smoothness(
         Layers in the order of their calls; those in eval mode, masked calls, and SyncBatchNormReLU are left out.
 
     Raises:
-        ValueError: as `objective`; no batch norm layer normalizes by its batch.
+        ValueError: as `objective`; no batch norm layer normalizes by its batch, or one is a torch.nn.SyncBatchNorm over ranks.
     """
     calls: list[_Call] = []
     with objective(model, loss, batch, process_group) as goal:
+        for name, layer in goal.model.named_modules():
+            if isinstance(layer, nn.SyncBatchNorm) and layer.training and (size := size_of(resolve(layer.process_group))) > 1:
+                raise ValueError(
+                    f"given layer {name!r}, a torch.nn.SyncBatchNorm of {size} ranks; expected layers of syncbn, which can be "
+                    "differentiated twice: syncbn.convert(model) before"
+                )
         handles = [
             handle
             for name, layer in goal.model.named_modules()
