@@ -25,6 +25,7 @@ from syncbn.analysis.experiments.gdnp_problems import (
 from syncbn.analysis.gaussian import GaussianHalfspace, TanhUnits
 from syncbn.analysis.gdnp import derivatives, descend
 from syncbn.analysis.lanczos import lanczos
+from syncbn.bench import memory
 
 SEEDS = (201, 202, 203)
 TIGHT = 1 + 1e-4  # measured over bound: the bound is attained in the limit
@@ -288,6 +289,14 @@ def test_the_gradient_of_a_tanh_unit():
     projected = gradient - (w @ gradient) * (network.second @ w)
     along = network.u - (network.u @ w) * (network.second @ w)
     assert torch.allclose(projected, factor * along, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", [1, 10, 30])
+def test_lanczos_keeps_as_many_vectors_as_it_makes_products(iterations):
+    start = torch.randn(10_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    diagonal = torch.linspace(1, 2, 10_000, dtype=torch.float64)
+    held = memory.peak(lambda: lanczos(lambda v: diagonal * v, start, iterations), torch.device("cpu"))
+    assert held <= (iterations + 4) * start.nbytes
 
 
 def test_lanczos_finds_both_ends():

@@ -17,28 +17,31 @@ class Ritz(NamedTuple):
 def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, iterations: int) -> Ritz:
     """Lanczos' method with full reorthogonalization, in float64 (Golub & Van Loan, Matrix Computations, chapter 10).
 
-    One product per iteration; `iterations` + 1 vectors are kept. Exact after as many iterations as there are dimensions; ends
+    One product per iteration; `iterations` vectors are kept. Exact after as many iterations as there are dimensions; ends
     early in an invariant subspace. The outer values converge first, multiplicities are not seen.
 
     Args:
         multiply: (n,) → (n,), symmetric and linear; the same result on every rank.
         start: (n,) float64, not zero, the same on every rank.
     """
-    basis = [start / start.norm()]
+    count = min(iterations, len(start))
+    basis = start.new_empty(count, len(start))
+    basis[0] = start / start.norm()
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []
     scale = start.new_zeros(())
-    for _ in range(min(iterations, len(start))):
-        product = multiply(basis[-1])
-        diagonal.append(product @ basis[-1])
+    for number in range(1, count + 1):
+        spanned = basis[:number]
+        product = multiply(spanned[-1])
+        diagonal.append(product @ spanned[-1])
         scale = torch.maximum(scale, product.norm())
-        spanned = torch.stack(basis)
         for _twice in range(2):
             product = product - spanned.T @ (spanned @ product)
         beside.append(product.norm())
         if beside[-1] <= 1e-13 * scale:
             break
-        basis.append(product / beside[-1])
+        if number < count:
+            basis[number] = product / beside[-1]
     off = torch.stack(beside[:-1]) if len(beside) > 1 else start.new_zeros(0)
     values, vectors = torch.linalg.eigh(torch.diag(torch.stack(diagonal)) + torch.diag(off, 1) + torch.diag(off, -1))
     return Ritz(values.flip(0), (beside[-1] * vectors[-1].abs()).flip(0))
