@@ -156,8 +156,8 @@ def gdnp_halfspace(
 
         ‖∇f‖²_{S⁻¹} ≤ (1 − µ/L)^(2T)·Φ²·(ρ(w_0) − ρ*) + 4^−(halvings+1)·(ζ·|b − a|/µ)²
 
-    (Kohler et al. 2018, arXiv:1805.10694, section 5; h and the bisection's term as derived here, for with the published h,
-    which has (E φ'')² , the linear rate is lost.) Other distributions reach S⁻¹u approximately alone.
+    (Kohler et al. 2018, arXiv:1805.10694, section 5; h and the bisection's term as derived here, for with the published
+    h = E φ'·(u·w) − E φ''·(u·w)² the linear rate is lost.) Other distributions reach S⁻¹u approximately alone.
     Here S = E zzᵀ is not centred.
 
     Args:
