@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib
 import itertools
 import os
 import platform
@@ -583,13 +584,53 @@ def test_a_group_of_its_own(tmp_path):
     assert {(row["rate"], row["delay"]) for row in found} == {("", "2ms") if delayed else ("1gbit", "")}
 
 
-@pytest.mark.parametrize("arguments", ["layer --repeats 1", "step --ranks 0", "scaling --bandwidth -1", "layer --dtypes int8"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["layer --repeats 1", "step --ranks 0", "scaling --bandwidth -1", "layer --dtypes int8", "layer --layouts row"],
+)
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", *arguments.split()])
     assert stop.value.code == 2
     _, option, value = arguments.split()
     assert re.search(rf"argument {option}: (given '{value}'; expected|invalid choice: '{value}')", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("layer --shapes 8x64x57x57", "given --shapes 8x64x57x57; expected some of 8x64x112x112, 8x64x56x56, "),
+        ("fused --quick --shapes 8x64x112x112", "expected some of 8x64x56x56, 8x256x14x14, 8x512x7x7"),
+        ("layer --shapes 256x64 --layouts contiguous", "--shapes 256x64 and --layouts contiguous, which no case has"),
+        ("accuracy --images 1 --size 1", "given --images 1 and --size 1, one value a channel; expected more"),
+    ],
+)
+def test_what_no_case_has_is_a_usage_error(arguments, told, tmp_path, capsys):
+    assert main(["bench", *arguments.split(), "--results", str(tmp_path)]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [LAYER, ACCURACY, STEP, SCALING, ["bench", "fused", *ONE_CASE]])
+def test_where_no_rows_can_go_nothing_is_measured(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "timed", mock.Mock(side_effect=AssertionError("measured")))
+    monkeypatch.setattr(processes, "run", mock.Mock(side_effect=AssertionError("measured")))
+    (tmp_path / "file").write_text("")
+    assert main([*command, "--results", str(tmp_path / "file" / "results")]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"no rows can be written to .*file/results \(NotADirectoryError: .*\); expected a folder", told)
+
+
+@pytest.mark.parametrize("name", ["layer", "fused", "accuracy"])
+def test_rows_that_would_not_fit_are_an_error_after_the_first_case(name, tmp_path, capsys, monkeypatch):
+    measuring = importlib.import_module(f"syncbn.bench.{name}")
+    measure = mock.Mock(return_value=[{"b": 1}])
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "keep_heap", lambda: False, raising=False)
+    (tmp_path / f"{name}.csv").write_text("a,date\n")
+    assert main(["bench", name, *(["--threads", "1"] if name != "accuracy" else []), "--results", str(tmp_path)]) == 1
+    assert f"{name}.csv has the columns a, date; given b, " in capsys.readouterr().err
+    assert measure.call_count <= 2
 
 
 def test_a_gpu_that_is_not_there(capsys, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from . import agreement, processes, rows
 from .agreement import Outputs
 from .peers import outputs_of, runnable
 from .rows import Row
+from .run import UsageError
 
 RATIOS = tuple(10.0**power for power in range(7))
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -29,11 +30,14 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     variants = runnable(options.variants, device)
     shape = (options.images, options.channels, options.size, options.size)
+    if options.images * options.size**2 == 1:
+        raise UsageError("given --images 1 and --size 1, one value a channel; expected more of one, for a variance")
     measured: list[Row] = []
     with processes.alone(device):
         for ratio in tqdm(RATIOS, "accuracy", unit=" ratios", disable=None, dynamic_ncols=True):
             for layout in LAYOUTS:
                 measured += measure(variants, shape, layout, ratio, device)
+            rows.require("accuracy", measured, options.results)
     print(shown(measured))
     print(rows.said(rows.append("accuracy", measured, options.results, options.device)))
     return 0

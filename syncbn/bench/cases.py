@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .run import DTYPES
+from .run import DTYPES, UsageError
 
 CPU = torch.device("cpu")
 RESNET50 = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]
@@ -107,7 +107,11 @@ def gpu_shapes(quick: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:
-    """The cases of the command's options, threads outermost; --shapes and --layouts keep some of them."""
+    """The cases of the command's options, threads outermost; --shapes and --layouts keep some of them.
+
+    Raises:
+        UsageError: they keep none, or a shape is of no case.
+    """
     on_cpu = options.device == "cpu"
     made = [
         Case(layout, shape, getattr(torch, dtype), threads)
@@ -115,5 +119,13 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         for dtype in options.dtypes or (DTYPES if on_cpu else GPU_DTYPES)
         for layout, shape in (shapes if on_cpu else gpu_shapes)(options.quick)
     ]
-    kept = [case for case in made if not options.shapes or case.name in options.shapes]
-    return [case for case in kept if not options.layouts or case.layout in options.layouts]
+    names = list(dict.fromkeys(case.name for case in made))
+    unknown = [name for name in options.shapes or () if name not in names]
+    if unknown:
+        raise UsageError(f"given --shapes {' '.join(unknown)}; expected some of {', '.join(names)}")
+    kept = [case for case in made if case.name in (options.shapes or names)]
+    found = [case for case in kept if not options.layouts or case.layout in options.layouts]
+    if not found:
+        given = f"--shapes {' '.join(options.shapes or names)} and --layouts {' '.join(options.layouts)}"
+        raise UsageError(f"given {given}, which no case has both; expected some that one has")
+    return found

@@ -22,6 +22,7 @@ from . import agreement, peers, rows
 from .cases import Case, chosen
 from .memory import keep_heap, peak
 from .rows import Row
+from .run import say
 from .timing import columns, geometric_mean, interleaved
 
 FORMS = ("relu", "add relu")
@@ -71,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
     available = set(peers.runnable([way.peer for way in WAYS.values()], device))
     ways = {name: way for name, way in WAYS.items() if way.peer in available}
     if BASE not in ways:
-        print("syncbn bench: nothing to compare: the kernels that fuse are not there")
-        return 1
+        return say("nothing to compare: the kernels that fuse are not there")
     measured: list[Row] = []
+    name = "fused" if device.type == "cpu" else f"fused_{device.type}"
     heap = "kept" if device.type == "cpu" and keep_heap() else "as it is"
     before = torch.get_num_threads()
     try:
@@ -81,10 +82,10 @@ def run(options: argparse.Namespace) -> int:
             torch.set_num_threads(case.threads)
             for form in FORMS:
                 measured += [row | {"heap": heap} for row in measure(case, form, ways, options.repeats, device)]
+                rows.require(name, measured, options.results)
     finally:
         torch.set_num_threads(before)
     print(summary(measured))
-    name = "fused" if device.type == "cpu" else f"fused_{device.type}"
     print(rows.said(rows.append(name, measured, options.results, options.device)))
     return 0
 

@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
         for case in tqdm(chosen(options), "layer", unit=" cases", disable=None, dynamic_ncols=True):
             torch.set_num_threads(case.threads)
             measured += [row | {"heap": heap} for row in measure(case, variants, options.repeats, device)]
+            if not options.check:
+                rows.require("layer", measured, options.results)
     finally:
         torch.set_num_threads(before)
     print(summary(measured))

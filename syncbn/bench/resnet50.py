@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         for setting in tqdm(SETTINGS, f"{images} images", unit=" settings", disable=None):
             found = measure(names, setting, images, options.width, options.size, options.repeats, device)
             measured += [row | versions for row in found]
+            rows.require("resnet50", measured, options.results)
     print(shown(measured))
     print(rows.said(rows.append("resnet50", measured, options.results, options.device)))
     return 0

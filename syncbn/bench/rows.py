@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .._version import __version__
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
+CIRCUMSTANCES = ("date", "hardware", "python", "torch", "commit", "command")
 
 
 class RowError(ValueError):
@@ -39,6 +41,36 @@ def directory(given: Path | None = None) -> Path:
     return stands_in / "syncbn-bench"
 
 
+def prepare(where: Path | None = None) -> None:
+    """Make the directory of the rows, before anything is measured.
+
+    Raises:
+        RowError: no file can be written there.
+    """
+    path = directory(where)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error.strerror}"
+        raise RowError(f"no rows can be written to {path} ({reason}); expected a folder for them as --results") from error
+
+
+def require(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = None) -> None:
+    """See that rows fit NAME.csv, as soon as the first are there.
+
+    Raises:
+        RowError: the file, or one row of them, has other columns.
+    """
+    path = directory(where) / f"{name}.csv"
+    given = [[*row, *CIRCUMSTANCES] for row in rows]
+    there = next(csv.reader([path.read_text().split("\n", 1)[0]]), None) if path.exists() else None
+    for columns in given:
+        if columns != (there or given[0]):
+            told = f"{', '.join(there or given[0])}; given {', '.join(columns)}"
+            raise RowError(f"{path.name} has the columns {told}; nothing is appended")
+
+
 def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = None, device: str = "cpu") -> Path:
     """Append rows to NAME.csv, which has the columns of the rows and those of `circumstances`.
 
@@ -47,17 +79,13 @@ def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = No
     """
     path = directory(where) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
+    require(name, rows, where)
     whole = [dict(row) | circumstances(device) for row in rows]
     if not whole:
         return path
-    columns = list(whole[0])
     new = not path.exists() or not path.stat().st_size
-    there = columns if new else next(csv.reader([path.read_text().split("\n", 1)[0]]))
-    for row in whole:
-        if list(row) != there:
-            raise RowError(f"{path.name} has the columns {', '.join(there)}; given {', '.join(row)}; nothing is appended")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, list(whole[0]), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(whole)
@@ -80,14 +108,9 @@ def read(name: str, where: Path | None = None) -> list[dict[str, str]]:
 
 def circumstances(device: str = "cpu") -> dict[str, str]:
     """When, where and by what a row was made."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "hardware": hardware(device),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "commit": commit(),
-        "command": command(sys.argv),
-    }
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    values = date, hardware(device), platform.python_version(), str(torch.__version__), commit(), command(sys.argv)
+    return dict(zip(CIRCUMSTANCES, values, strict=True))
 
 
 def hardware(device: str = "cpu") -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+LAYOUTS = ("contiguous", "channels_last", "rows", "contiguous 3d", "channels_last 3d")
 Subcommands = Any  # argparse's, which cannot be subscripted when the program runs
 NEEDED = {"plot": ("matplotlib",)}  # others: tqdm
 DTYPES = ("float32", "bfloat16", "float16")
@@ -20,6 +21,10 @@ VARIANTS = (
     *("torch", "torch-inductor", "torch-sync", "torch-sync-unmasked"),
     *("plain", "plain-inductor", "syncbn", "syncbn-aten", "syncbn-inductor"),
 )
+
+
+class UsageError(ValueError):
+    """Options that each can be, but not together."""
 
 
 def add_command(commands: Subcommands) -> None:
@@ -84,7 +89,7 @@ def _cases(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the input; default: all, on a GPU the first two")
     parser.add_argument("--shapes", nargs="+", metavar="NxCx...", help="these alone, as rows name them; default: all")
-    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="these alone, as rows name them; default: all")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="these alone; default: all")
     parser.add_argument("--quick", action="store_true", help="three shapes")
     _device(parser)
     _repeats(parser, 15)
@@ -180,10 +185,12 @@ def run(name: str, options: argparse.Namespace) -> int:
         return say("given --device cuda, and there is no GPU; expected one")
     from .agreement import DisagreementError
     from .processes import ProcessError
-    from .rows import RowError
+    from .rows import RowError, prepare
 
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if name != "plot" and not getattr(options, "check", False):
+            prepare(options.results)
         status: int = importlib.import_module(f"syncbn.bench.{name}").run(options)
         return status
     except KeyboardInterrupt:
@@ -191,6 +198,9 @@ def run(name: str, options: argparse.Namespace) -> int:
         return 130
     except DisagreementError as error:
         return say(f"{error}; nothing is reported")
+    except UsageError as error:
+        say(str(error))
+        return 2
     except (ProcessError, RowError) as error:
         return say(str(error))
     finally:

@@ -29,7 +29,10 @@ CHANNELS = 512  # of the projected latency
 
 def run(options: argparse.Namespace) -> int:
     """Measure, fit, project, append rows to four files; the exit status."""
-    measured = list(latencies(options))
+    measured = []
+    for row in latencies(options):
+        measured.append(row)
+        rows.require("scaling", measured, options.results)
     print(shown(measured))
     models = fits(measured, options.device)
     print("\n" + told(models))

@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
         arguments = {"images": options.images, "width": options.width, "repeats": options.repeats, "device": options.device}
         answers = processes.run(TASK, arguments, size, options.timeout, options.device)
         measured += rows_of(answers, options, size)
+        rows.require("step", measured, options.results)
     print(shown(measured))
     print(rows.said(rows.append("step", measured, options.results, options.device)))
     return 0
