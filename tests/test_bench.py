@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from syncbn import SyncBatchNormReLU, collectives
@@ -39,6 +40,8 @@ from syncbn.bench import (
     step,
     timing,
 )
+from syncbn.bench.draw_layer import draw_layer
+from syncbn.bench.draw_scaling import draw_scaling
 from syncbn.kernels import aten
 
 CPU = torch.device("cpu")
@@ -105,6 +108,10 @@ def test_the_projection():
     assert max(doubling) == pytest.approx(min(doubling))
     node = projection.schemes(operations)["all_reduce in a node"]
     assert projection.step_communication(node, 16384) == pytest.approx(projection.step_communication(node, 8))
+    sent = {}
+    for name, scheme in projection.schemes(dict.fromkeys(operations, lambda ranks, size: size)).items():
+        sent[name] = projection.step_communication(scheme, 8) / sum(4 * c + 1 for c in projection.RESNET50)
+    assert sent == {"all_reduce": 8, "all_gather forward": 4, "all_reduce in a node": 8}, "float64, torch's float32"
     assumed = projection.Assumed(8, 32, 32768, 4e-4, 8e-3)
     for kind, scheme in itertools.product(("weak", "strong"), projection.schemes(operations).values()):
         parts = [projection.efficiency(kind, scheme, ranks, assumed)[1] for ranks in (1, *projection.RANKS)]
@@ -363,6 +370,13 @@ def test_scaling_and_its_plot(tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("*.png")] == ["scaling.png"]
 
 
+def test_modelled_efficiencies_need_no_measurement(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "run", mock.Mock(side_effect=AssertionError("measured")))
+    assert main(["bench", "scaling", "--modelled", "--results", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["scaling_efficiency.csv"]
+    assert "modelled ResNet-50 step" in capsys.readouterr().out
+
+
 # Checks against what was recorded
 
 
@@ -492,6 +506,19 @@ def test_rows_of_other_hardware_and_older_ones_are_not_drawn():
     assert plot.latest([old, other, new, another], ["key"], None) == [new, another]
     assert plot.latest([old, other, new, another], ["key"], "b") == [other]
     assert plot.latest([], ["key"], None) == []
+
+
+@pytest.mark.parametrize("name", ["layer", "scaling"])
+def test_a_picture_names_all_commits_of_what_it_shows(name, tmp_path):
+    invented(tmp_path, 0.5)
+    tables = [rows.read(table, tmp_path) for table in {"layer": ["layer"], "scaling": ["scaling_projection"]}[name]]
+    tables[0][0] |= {"date": "2019-12-31", "commit": "older"}
+    figure = Figure()
+    if name == "layer":
+        draw_layer(figure, *tables)
+    else:
+        draw_scaling(figure, *tables, rows.read("scaling_efficiency", tmp_path))
+    assert "a machine, torch 2, 2019-12-31 and 2020-01-01, commit older and c; " in figure.get_suptitle()
 
 
 # Processes

@@ -6,6 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from .rows import origin
+
 Text = dict[str, str]
 COLORS = {
     "syncbn": "#00618a",
@@ -61,11 +63,9 @@ def draw_layer(figure: Figure, recorded: Sequence[Text]) -> None:
         handles = {label: handle for each in axes[row] for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
         beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False, "fontsize": 9}
         axes[row, 2].legend(handles.values(), handles.keys(), title=what, alignment="left", **beside)
-    last = recorded[-1]
     figure.suptitle(
         f"Forward and backward of one layer, synchronizing with itself: below 1 it is faster than torch's layer, which "
-        f"synchronizes nothing\n{last['hardware']}, torch {last['torch']}, {last['date']}, "
-        f"commit {last['commit']}; bars: quartiles",
+        f"synchronizes nothing\n{origin(recorded)}; bars: quartiles",
         fontsize=11,
     )
 

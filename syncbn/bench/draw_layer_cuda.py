@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .draw_layer import COLORS, TICKS
 from .layer_cuda_summary import TARGETS
+from .rows import origin
 
 Text = dict[str, str]
 VARIANTS = {
@@ -52,11 +53,9 @@ def draw_layer_cuda(figure: Figure, recorded: Sequence[Text]) -> None:
     axes[0, 0].set_ylabel("time over the operators of torch.nn.SyncBatchNorm")
     axes[1, 0].set_ylabel("fraction of the bandwidth of a copy")
     axes[0, 1].legend(handles=_handles(recorded), loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
-    last = recorded[-1]
-    versions = f"driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}"
     figure.suptitle(
-        f"Forward and backward of one layer in a world of {last['ranks']} that communicates nothing\n"
-        f"{last['hardware']}, {versions}, {last['date']}, commit {last['commit']}; medians",
+        f"Forward and backward of one layer in a world of {recorded[-1]['ranks']} that communicates nothing\n"
+        f"{origin(recorded)}; medians",
         fontsize=11,
     )
 

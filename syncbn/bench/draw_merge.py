@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from .rows import origin
+
 Text = dict[str, str]
 VARIANTS = {
     "torch-sync": ("#8a5a00", "torch.nn.SyncBatchNorm: masks and merge of W rows"),
@@ -47,10 +49,8 @@ def draw_merge(figure: Figure, recorded: Sequence[Text]) -> None:
     panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("µs a call on the device")
     panels[0].legend(fontsize=8, frameon=False, loc="upper left")
-    last = recorded[-1]
     figure.suptitle(
         "From what a collective gave to the statistics of the batch; no collective is in it\n"
-        f"{last['hardware']}, driver {last['driver']}, torch {last['torch']}, Triton {last['triton']}, {last['date']}, commit "
-        f"{last['commit']}; bars: quartiles",
+        f"{origin(recorded)}; bars: quartiles",
         fontsize=10,
     )

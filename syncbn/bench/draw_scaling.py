@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .rows import origin
+
 Text = dict[str, str]
 COLORS = {"all_reduce": "#00618a", "all_gather": "#d1495b", "all_reduce in a node": "#2a9d8f"}
 SCHEMES = {
@@ -26,12 +28,8 @@ def draw_scaling(figure: Figure, latencies: Sequence[Text], efficiencies: Sequen
     left, right = figure.subplots(1, 2)
     _latencies(left, latencies)
     _efficiencies(right, efficiencies)
-    last = latencies[-1]
-    figure.suptitle(
-        f"Measured on {last['hardware']}, torch {last['torch']}, {last['date']}, commit {last['commit']}; "
-        "what is dashed is a model and was not measured",
-        fontsize=11,
-    )
+    told = f"Measured on {origin(latencies)}; what is dashed is a model and was not measured"
+    figure.suptitle(told, fontsize=11)
 
 
 def _latencies(axes: Axes, found: Sequence[Text]) -> None:

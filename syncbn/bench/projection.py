@@ -25,6 +25,7 @@ class Scheme(NamedTuple):
 
     forward: Latency
     backward: Latency
+    value: int  # bytes of a number on the wire
 
 
 class Assumed(NamedTuple):
@@ -65,12 +66,12 @@ def gloo(models: Mapping[str, Model], node_size: int) -> dict[str, Latency]:
 
 
 def schemes(operations: Mapping[str, Latency]) -> dict[str, Scheme]:
-    """syncbn in one group and in groups of a node; and torch.nn.SyncBatchNorm, which gathers in forward."""
+    """syncbn in one group and in groups of a node; and torch.nn.SyncBatchNorm, which gathers in forward, and sends float32."""
     reduce, gather, node = (operations[name] for name in ("all_reduce", "all_gather", "all_reduce in a node"))
     return {
-        "all_reduce": Scheme(reduce, reduce),
-        "all_gather forward": Scheme(gather, reduce),
-        "all_reduce in a node": Scheme(node, node),
+        "all_reduce": Scheme(reduce, reduce, 8),
+        "all_gather forward": Scheme(gather, reduce, 4),
+        "all_reduce in a node": Scheme(node, node, 8),
     }
 
 
@@ -78,7 +79,8 @@ def step_communication(scheme: Scheme, ranks: int) -> float:
     """Seconds that the layers of a ResNet-50 wait for their collectives, none of which overlaps with computing."""
     if ranks == 1:
         return 0.0
-    return sum(scheme.forward(ranks, 8 * (2 * c + 1)) + scheme.backward(ranks, 8 * 2 * c) for c in RESNET50)
+    value = scheme.value
+    return sum(scheme.forward(ranks, value * (2 * c + 1)) + scheme.backward(ranks, value * 2 * c) for c in RESNET50)
 
 
 def computing(images: float, assumed: Assumed) -> float:

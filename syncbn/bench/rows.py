@@ -106,6 +106,13 @@ def read(name: str, where: Path | None = None) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def origin(recorded: Sequence[Mapping[str, str]]) -> str:
+    """Where all these rows are from, for a picture."""
+    words = {"hardware": "", "driver": "driver ", "torch": "torch ", "triton": "Triton ", "date": "", "commit": "commit "}
+    found = {column: dict.fromkeys(row[column] for row in recorded if row.get(column)) for column in words}
+    return ", ".join(words[column] + " and ".join(values) for column, values in found.items() if values)
+
+
 def circumstances(device: str = "cpu") -> dict[str, str]:
     """When, where and by what a row was made."""
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()

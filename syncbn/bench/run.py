@@ -160,6 +160,7 @@ def _scaling(kinds: Subcommands) -> argparse.ArgumentParser:
     parser.add_argument("--global-batch", type=whole(1), default=32768, metavar="N", help="images, strong scaling")
     parser.add_argument("--image-microseconds", type=positive, default=400.0, metavar="T", help="assumed, of one image's step")
     parser.add_argument("--floor-milliseconds", type=positive, default=8.0, metavar="T", help="assumed: no step is shorter")
+    parser.add_argument("--modelled", action="store_true", help="measure nothing; append the modelled efficiencies alone")
     parser.add_argument("--timeout", type=positive, default=600.0, metavar="S", help="seconds for each number of ranks")
     _device(parser)
     _repeats(parser, 100)

@@ -28,28 +28,28 @@ CHANNELS = 512  # of the projected latency
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, fit, project, append rows to four files; the exit status."""
-    measured = []
+    """Measure, fit, project, append rows to four files, or to that of the efficiencies alone; the exit status."""
+    nccl = projection.nccl(options.node_size, 1e-9 / options.bandwidth)
+    tables = {} if options.modelled else measured_tables(options, nccl)
+    tables["scaling_efficiency"] = efficiencies(nccl, options)
+    print(shown_efficiency(tables["scaling_efficiency"]))
+    for name, of in tables.items():
+        print(rows.said(rows.append(name, of, options.results, options.device)))
+    return 0
+
+
+def measured_tables(options: argparse.Namespace, nccl: Mapping[str, Latency]) -> dict[str, list[Row]]:
+    """Latencies, the models fitted to them, and both beside NCCL's to many ranks; by the name of their file."""
+    measured: list[Row] = []
     for row in latencies(options):
         measured.append(row)
         rows.require("scaling", measured, options.results)
     print(shown(measured))
     models = fits(measured, options.device)
-    print("\n" + told(models))
-    machines = {f"{backend(options.device)} here": projection.gloo(_on_one_node(models), options.node_size)}
-    machines["NCCL"] = projection.nccl(options.node_size, 1e-9 / options.bandwidth)
+    print("\n" + told(models) + "\n")
+    machines = {f"{backend(options.device)} here": projection.gloo(_on_one_node(models), options.node_size), "NCCL": nccl}
     projected = [*points(measured, options), *curves(machines, options)]
-    efficient = efficiencies(machines["NCCL"], options)
-    print("\n" + shown_efficiency(efficient))
-    tables = {
-        "scaling": measured,
-        "scaling_model": model_rows(models),
-        "scaling_projection": projected,
-        "scaling_efficiency": efficient,
-    }
-    for name, of in tables.items():
-        print(rows.said(rows.append(name, of, options.results, options.device)))
-    return 0
+    return {"scaling": measured, "scaling_model": model_rows(models), "scaling_projection": projected}
 
 
 def backend(device: str) -> str:
