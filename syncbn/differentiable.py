@@ -1,11 +1,9 @@
-"""Synchronized batch normalization by the equations, for whatever differentiates more than once or in another way.
-
-Compiled code, torch.func, forward mode and double backward take this path; eager first-order training takes the kernels.
+"""Synchronized batch normalization by the equations: compiled code, and what differentiates more than once or another way.
 
 Requirements
-    - one autograd.Function, the all_reduce, whose adjoint and tangent are all_reduces: the rest is autograd's, through
-      `equations`;
-    - no Python state: it traces under torch.compile(fullgraph=True).
+    - compiled code is in step with eager code on another rank: [S1, S2, n] forward, and [G1, G2] in every backward that runs;
+    - torch.func and forward mode take one autograd.Function, the all_reduce, whose adjoint and tangent are all_reduces: the
+      rest is autograd's, through `equations`.
 """
 
 from typing import Any
@@ -28,6 +26,78 @@ def wanted() -> bool:
     )
 
 
+def _transformed() -> bool:
+    """Whether this is inside a torch.func transform; a trace takes the test by type alone."""
+    return not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
+
+
+def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
+    """Normalize x (N, C, *) and move the running statistics; all_reduces of 2C+1 values forward and 2C backward.
+
+    With a mask (N, 1, *), by the statistics of where it is true; x is finite elsewhere.
+    """
+    if torch.compiler.is_compiling() and not _transformed():
+        return _compiled(x, affine, running, call, mask)
+    return _transformable(x, affine, running, call, mask)
+
+
+def _transformable(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
+    watch = _Watch()
+    stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
+    if running is not None and not watch.hold:
+        move(running, equations.Statistics(*(value.detach() for value in stats)))
+    return equations.normalize(x, stats, affine.weight, affine.bias, affine.eps, affine.relu, affine.residual)
+
+
+# As torch.compiler.disable, without importing the compiler: a trace of a transform drops tangents and second derivatives.
+_transformable._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _compiled(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
+    message = collectives.traced_all_reduce(equations.moments(x.detach(), mask), call)
+    if running is not None:
+        move(running, equations.statistics(message))
+    weight, bias, eps, relu, residual = affine
+    return _Normalize.apply(x, weight, bias, residual, message, eps, relu, call)
+
+
+class _Normalize(torch.autograd.Function):
+    """The fused function of eager training as a trace takes it: no Python state, and no buffers written."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,  # (N, C, *)
+        weight: Tensor | None,  # (C,)
+        bias: Tensor | None,  # (C,)
+        residual: Tensor | None,  # (N, C, *)
+        message: Tensor,  # (2C+1,) of the whole batch
+        eps: float,
+        relu: bool,
+        call: Call,  # of the forward collective
+    ) -> Tensor:
+        return equations.normalize(x, equations.statistics(message), weight, bias, eps, relu, residual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, _, message, ctx.eps, relu, call = inputs
+        ctx.save_for_backward(x, weight, message, output if relu else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = call._replace(phase="backward")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, message, y = ctx.saved_tensors
+        stats = equations.statistics(message)
+        if y is not None:
+            dy = torch.where(y <= 0, 0, dy)
+        local = equations.gradient_sums(dy, x, stats.mean)
+        sum_dy, sum_dy_xmu = local.chunk(2)
+        dx = equations.input_gradient(dy, x, stats, weight, ctx.eps, collectives.traced_all_reduce(local, ctx.call))
+        dweight = None if weight is None else (sum_dy_xmu * equations.invstd(stats.var, ctx.eps)).to(weight.dtype)
+        dbias = None if ctx.bias_dtype is None else sum_dy.to(ctx.bias_dtype)
+        return dx, dweight, dbias, dy if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
 class _Watch:
     """The observers of a forward, for its backward too, and whether one of them holds the running statistics."""
 
@@ -43,9 +113,7 @@ class _AllReduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(message: Tensor, constants: int, call: Call, watch: _Watch | None) -> Tensor:
-        if watch is None:
-            return collectives.traced_all_reduce(message, call)
+    def forward(message: Tensor, constants: int, call: Call, watch: _Watch) -> Tensor:
         reduced = collectives.all_reduce(message.clone(), call, watch.observers)
         watch.hold = watch.hold or reduced.hold
         return reduced.message
@@ -60,10 +128,6 @@ class _AllReduce(torch.autograd.Function):
         reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward", sums=False), ctx.watch)
         return torch.cat([reduced, torch.zeros_like(grad[..., kept:])], -1), None, None, None
 
-
-class _EagerAllReduce(_AllReduce):
-    """With what torch.compile does not take: tangents and vmap, which batches messages into one."""
-
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return all_reduce(tangent, ctx.call._replace(sums=False), ctx.watch)
@@ -73,34 +137,9 @@ class _EagerAllReduce(_AllReduce):
         return all_reduce(message.movedim(in_dims[0], 0), call, watch, constants), 0
 
 
-def all_reduce(message: Tensor, call: Call, watch: _Watch | None, constants: int = 0) -> Tensor:
+def all_reduce(message: Tensor, call: Call, watch: _Watch, constants: int = 0) -> Tensor:
     """The sum of messages (*, M) over call.group, differentiable any number of times, forward and backward."""
-    function = _AllReduce if watch is None else _EagerAllReduce
-    return function.apply(message, constants, call, watch)
-
-
-def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None = None) -> Tensor:
-    """Normalize x (N, C, *) and move the running statistics; all_reduces of 2C+1 values forward and 2C backward.
-
-    With a mask (N, 1, *), only where it is true; y and dx are 0 elsewhere, whatever x is there.
-    """
-    watch = None if torch.compiler.is_compiling() else _Watch()
-    given = x
-    if mask is not None:
-        if torch.is_grad_enabled() and not x.requires_grad and not wanted():
-            # The backward's all_reduce is issued, needed here or not, as the kernels do: another rank may have no mask.
-            x = x.detach().requires_grad_(
-                any(p is not None and p.requires_grad for p in (affine.weight, affine.bias, affine.residual))
-            )
-        x = torch.where(mask, x, 0)
-    stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
-    if running is not None and (watch is None or not watch.hold):
-        move(running, equations.Statistics(*(value.detach() for value in stats)))
-    y = equations.normalize(x, stats, affine.weight, affine.bias, affine.eps, affine.relu, affine.residual)
-    if mask is not None:
-        y = torch.where(mask, y, 0)
-    like = torch.empty_like(given)
-    return y if y.stride() == like.stride() else like.copy_(y)
+    return _AllReduce.apply(message, constants, call, watch)
 
 
 def gradients(
@@ -109,6 +148,7 @@ def gradients(
     saved: Saved,
     eps: float,
     call: Call,  # of the backward collective
+    mask: Tensor | None,  # (N, 1, *) of the forward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, the share's dγ and dβ (C,), and what a ReLU leaves of dy, as differentiable functions of dy, x and weight.
 
@@ -116,7 +156,7 @@ def gradients(
     when the result is differentiated, beside those of what dy depends on.
     """
     watch = _Watch()
-    stats = equations.statistics(all_reduce(equations.moments(x), call, watch, constants=1))
+    stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
     if saved.relu:
         with torch.no_grad():
             y = equations.normalize(x, stats, saved.weight, saved.bias, eps) if saved.y is None else saved.y

@@ -156,7 +156,8 @@ def normalize(
         y = y + per_channel(bias, x)
     if residual is not None:
         y = y + residual
-    return (y.relu() if relu else y).to(x.dtype)
+    y = y.relu() if relu else y
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # the compiler of torch 2.11 loses the gradient of a conversion to itself
 
 
 def running_statistics(mean: Tensor, var: Tensor, stats: Statistics, momentum: float | Tensor) -> tuple[Tensor, Tensor]:

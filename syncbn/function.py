@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import collectives, differentiable, kernels
+from . import collectives, differentiable, equations, kernels
 from .arguments import mask_problem, problem_of, residual_problem, where
 from .collectives import Call, Group, GroupLike
 from .kernels import Affine, Running, Saved
@@ -36,24 +36,26 @@ class _SyncBatchNorm(torch.autograd.Function):
         residual: Tensor | None,  # (N, C, *)
         running: Running | None,  # buffers to move
         call: Call,  # of the forward collective
+        mask: Tensor | None,  # (N, 1, *) what counts; x is finite elsewhere
     ) -> Tensor:
         compute, observers = kernels.pick(x), collectives.observers()
-        message, hold = collectives.all_reduce(compute.moments(x), call, observers)
+        local = compute.moments(x) if mask is None else equations.moments(x, mask)
+        message, hold = collectives.all_reduce(local, call, observers)
         y, saved = compute.normalize(x, message, Affine(weight, bias, eps, relu, residual), None if hold else running)
-        ctx.save_for_backward(x, *saved[:-1])
+        ctx.save_for_backward(x, *saved[:-1], mask)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.eps, ctx.relu, ctx.call, ctx.observers = eps, relu, call, observers
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, weight, bias, y = ctx.saved_tensors
+        x, statistics, weight, bias, y, mask = ctx.saved_tensors
         saved = Saved(statistics, weight, bias, y, ctx.relu)
         call = Call(ctx.call.layer, "backward", *ctx.call[2:])
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled():  # create_graph=True
-            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, ctx.eps, call)
+            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, ctx.eps, call, mask)
         else:
             compute = kernels.pick(x)
             sums = compute.gradient_sums(dy, x, saved)
@@ -69,6 +71,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             None,
             None,
             dresidual if ctx.needs_input_grad[5] else None,
+            None,
             None,
             None,
         )
@@ -173,9 +176,26 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         raise type(problem)(f"{problem} ({where(site.layer)})")
     forward = Forward(site.module) if collectives.observed(group) else None
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
-    if mask is not None or differentiable.wanted():
-        return differentiable.batch_norm(x, affine, running, call, None if mask is None else _broadcast(mask, x))
-    return _SyncBatchNorm.apply(x, *affine, running, call)
+    return _normalize(x, affine, running, call, None) if mask is None else _masked(x, affine, running, call, mask)
+
+
+def _normalize(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
+    if differentiable.wanted():
+        return _strided_as(x, differentiable.batch_norm(x, affine, running, call, mask))
+    return _SyncBatchNorm.apply(x, *affine, running, call, mask)
+
+
+def _masked(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor) -> Tensor:
+    """y and dx are 0 where the mask (N, *) or (N, 1, *) is false, whatever x is there."""
+    mask = _broadcast(mask, x)
+    y = torch.where(mask, _normalize(torch.where(mask, x, 0), affine, running, call, mask), 0)
+    return _strided_as(x, y)
+
+
+def _strided_as(x: Tensor, y: Tensor) -> Tensor:
+    """y with the strides of torch.empty_like(x), which vmap may batch less than y."""
+    strides = torch.empty_like(x).stride()
+    return y if y.stride() == strides else y.new_empty_strided(y.shape, strides).copy_(y)
 
 
 def _has_kernels(x: Tensor, affine: Affine) -> bool:
@@ -241,7 +261,7 @@ def local(
         return _activated(F.batch_norm(x, mean, var, affine.weight, affine.bias, by_batch, 0.0, affine.eps), affine)
     mask = _broadcast(mask, x)
     if by_batch:
-        return differentiable.batch_norm(x, affine, None, Call(layer, "forward", x.shape[1], x.dtype, None), mask)
+        return _masked(x, affine, None, Call(layer, "forward", x.shape[1], x.dtype, None), mask)
     y = F.batch_norm(torch.where(mask, x, 0), mean, var, affine.weight, affine.bias, False, 0.0, affine.eps)
     return torch.where(mask, _activated(y, affine), 0)
 

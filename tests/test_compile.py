@@ -7,7 +7,9 @@ import copy
 import functools
 import shutil
 
+import oracle
 import pytest
+import tolerance
 import torch
 import torch._dynamo
 import torch._inductor.config
@@ -200,6 +202,81 @@ def test_checkpointing_inside_a_compiled_model(kept, most):
         forward, backward = collectives
         assert forward == 1
         assert 1 <= backward <= most
+
+
+UNEQUAL = [torch.randn(n, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) + n for n in (5, 2)]
+
+
+def layer_with_a_zero(fused, group=None):
+    """A zero in the weight is what the last layer of a residual branch begins with."""
+    torch.manual_seed(2)
+    layer = (syncbn.SyncBatchNormReLU if fused else syncbn.SyncBatchNorm)(4, dtype=torch.float64, process_group=group)
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.normal_(layer.bias)
+    layer.weight.data[1] = 0
+    return layer
+
+
+def _on_some_ranks(world, fused, compiled, wanted):
+    """One step, compiled on some ranks and with a gradient of x wanted on some."""
+    torch._dynamo.reset()
+    layer = layer_with_a_zero(fused, world.group)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if world.rank in compiled else layer
+    x = UNEQUAL[world.rank].clone().requires_grad_(world.rank in wanted)
+    residual = (UNEQUAL[world.rank].cos(),) if fused else ()
+    run(x, *residual).pow(3).sum().backward()
+    next_collective = torch.ones(1)
+    torch.distributed.all_reduce(next_collective, group=world.group)
+    return x.grad, layer.weight.grad, layer.bias.grad, next_collective.item()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("compiled", "wanted"), [([0], [0, 1]), ([0], [1]), ([1], []), ([0, 1], [0])])
+def test_compiled_and_eager_ranks_exchange_the_same_sums(fused, compiled, wanted):
+    """Whichever rank is compiled, and whichever needs a gradient of its input: a limit of recompilations is one rank's own."""
+    layer = layer_with_a_zero(fused)
+    added = [x.cos() for x in UNEQUAL] if fused else None
+    forward = oracle.batch_norm(UNEQUAL, UNEQUAL, layer.weight, layer.bias, relu=fused, residuals=added)
+    dys = [3 * y.square() for y in forward.y]
+    expected = oracle.batch_norm(UNEQUAL, dys, layer.weight, layer.bias, relu=fused, residuals=added)
+    results = worlds.run(2, _on_some_ranks, fused, compiled, wanted, timeout=TIMEOUT)
+    for rank, (dx, dweight, dbias, after) in enumerate(results):
+        assert after == 2, "no rank is a collective behind"
+        top = max(value.abs().sum().item() for value in dys)
+        tolerance.check("dweight", dweight, expected.dweight[rank], scale=top)
+        tolerance.check("dbias", dbias, expected.dbias[rank], scale=top)
+        assert (dx is not None) == (rank in wanted)
+        if dx is not None:
+            tolerance.check("dx", dx, expected.dx[rank], scale=top)
+
+
+def _transformed(world):
+    """Each transform inside of compiled code and not, of float64 shares."""
+    torch.manual_seed(world.rank)
+    layer = syncbn.SyncBatchNorm(4, track_running_stats=False, dtype=torch.float64, process_group=world.group)
+    x = UNEQUAL[world.rank]
+
+    def slope(z):
+        return torch.func.grad(lambda u: layer(u).pow(3).sum())(z)
+
+    transforms = [
+        slope,
+        lambda z: torch.func.jvp(layer, (z,), (z.cos(),))[1],
+        lambda z: torch.func.vmap(layer)(torch.stack([z, z.cos()])),
+        torch.func.grad(lambda z: slope(z).square().sum()),
+    ]
+    results = []
+    for transform in transforms:
+        torch._dynamo.reset()
+        results.append((torch.compile(transform, backend="aot_eager")(x).detach(), transform(x).detach()))
+    return results
+
+
+def test_transforms_in_compiled_code_have_the_values_of_eager():
+    """A trace would drop tangents and second derivatives: it breaks there."""
+    for results in worlds.run(2, _transformed, timeout=TIMEOUT):
+        for compiled, eager in results:
+            tolerance.check("a transform", compiled, eager)
 
 
 def test_compiled_classes_that_do_not_normalize_once_are_named():

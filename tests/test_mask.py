@@ -106,24 +106,63 @@ def test_precision_where_the_mean_is_far_from_zero():
     check([on_a_rank(0, layer, torch.float32, 0.0, False, ratio=1e4)], torch.float32, ratio=1e4)
 
 
-def _mask_on_one_rank(world):
-    """Input without gradient, as a first layer has it; rank 1 has nothing to mask and gives no mask."""
-    layer = layer_for(torch.float64, world.group)
-    x = torch.arange(4.0 * C, dtype=torch.float64).sin().reshape(4, C) + world.rank
-    mask = (torch.tensor([True, True, False, True]),) if world.rank == 0 else ()
+ROWS = torch.arange(7.0 * C, dtype=torch.float64).sin().reshape(7, C)
+VALID = torch.tensor([True, True, False, True])
+
+
+def layer_with_a_zero(group=None):
+    """As the last layer of a residual branch begins, in one channel."""
+    layer = layer_for(torch.float64, group)
+    layer.weight.data[1] = 0
+    return layer
+
+
+def _mask_on_one_rank(world, wanted):
+    """Rank 1 has nothing to mask and gives no mask; x without gradient is what a first layer has."""
+    layer = layer_with_a_zero(world.group)
+    x, mask = (ROWS[:4], (VALID,)) if world.rank == 0 else (ROWS[4:] + 1, ())
+    x = x.clone().requires_grad_(wanted)
     with CollectivesSeen() as log:
-        layer(x, *mask).square().sum().backward()
-    return layer.weight.grad, [count for _, _, count in log.seen]
+        layer(x, *mask).pow(3).sum().backward()
+    return x.grad, layer.weight.grad, layer.bias.grad, [count for _, _, count in log.seen]
 
 
-def test_ranks_with_and_without_a_mask_issue_the_same_collectives():
-    x = torch.arange(4.0 * C, dtype=torch.float64).sin().reshape(4, C)
-    shares, layer = [x[[0, 1, 3]], x + 1], layer_for(torch.float64)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_ranks_with_and_without_a_mask_exchange_the_same_sums(wanted):
+    shares, layer = [ROWS[:4][VALID], ROWS[4:] + 1], layer_with_a_zero()
     forward = oracle.batch_norm(shares, shares, layer.weight, layer.bias)
-    expected = oracle.batch_norm(shares, [2 * y for y in forward.y], layer.weight, layer.bias)
-    for rank, (dweight, sizes) in enumerate(worlds.run(2, _mask_on_one_rank)):
-        tolerance.check("dweight", dweight, expected.dweight[rank], scale=50.0)
+    expected = oracle.batch_norm(shares, [3 * y.square() for y in forward.y], layer.weight, layer.bias)
+    for rank, (dx, dweight, dbias, sizes) in enumerate(worlds.run(2, _mask_on_one_rank, wanted)):
         assert sizes == [2 * C + 1, 2 * C]
+        tolerance.check("dweight", dweight, expected.dweight[rank], scale=50.0)
+        tolerance.check("dbias", dbias, expected.dbias[rank], scale=50.0)
+        if wanted:
+            inside = dx[VALID] if rank == 0 else dx
+            tolerance.check("dx", inside, expected.dx[rank], scale=50.0)
+            assert (inside[:, 1] == 0).all()
+
+
+def _penalty_with_a_mask_on_one_rank(world):
+    layer = layer_with_a_zero(world.group)
+    x, mask = (ROWS[:4], (VALID,)) if world.rank == 0 else (ROWS[4:] + 1, ())
+    x = x.clone().requires_grad_()
+    dx, dweight = torch.autograd.grad(layer(x, *mask).pow(3).sum(), [x, layer.weight], create_graph=True)
+    second = torch.autograd.grad(dx.square().sum() + dweight.sum(), [x, layer.weight])
+    return [g[VALID] if g.shape == (4, C) else g for g in second]
+
+
+def test_a_gradient_penalty_with_a_mask_on_one_rank():
+    layer, gamma = layer_with_a_zero(), layer_with_a_zero().weight.detach()
+    shares = [t.clone().requires_grad_() for t in (ROWS[:4][VALID], ROWS[4:] + 1)]
+    x, gammas = torch.cat(shares), [gamma.clone().requires_grad_() for _ in shares]
+    xhat = (x - x.mean(0)) * (x.var(0, unbiased=False) + layer.eps).rsqrt()
+    ys = [part * g + layer.bias for part, g in zip(xhat.split([3, 3]), gammas, strict=True)]
+    first = torch.autograd.grad(sum(y.pow(3).sum() for y in ys), [*shares, *gammas], create_graph=True)
+    value = sum(g.square().sum() for g in first[:2]) + sum(g.sum() for g in first[2:])
+    expected = torch.autograd.grad(value, [*shares, *gammas])
+    dxs, dweights = zip(*worlds.run(2, _penalty_with_a_mask_on_one_rank), strict=True)
+    for name, got, want in (("dx", torch.cat(dxs), torch.cat(expected[:2])), ("dweight", sum(dweights), sum(expected[2:]))):
+        tolerance.check(name, got, want, scale=100 * want.abs().max().item())
 
 
 def _all_invalid(world):
@@ -203,6 +242,17 @@ def test_double_backward_with_a_mask(padding):
     assert (inside[mask] - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert inside[~mask].abs().sum() == 0
     assert (results[0][1] - results[1][1]).abs().max() <= 1e-10 * results[1][1].abs().max()
+
+
+def test_vmap_over_masks_of_one_batch():
+    values, _ = sequences(0, torch.float64)
+    x, mask = pad(values, torch.float64, float("nan"))
+    x = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    masks = torch.stack([mask, mask.roll(1, 0) & mask])
+    layer = layer_for(torch.float64)
+    layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    y = torch.func.vmap(layer, (None, 0))(x, masks)
+    assert (y - torch.stack([layer(x, m) for m in masks])).abs().max() <= 1e-12
 
 
 def test_a_masked_step_never_waits_for_the_device():
