@@ -109,8 +109,12 @@ class _Synchronized(_BatchNorm):
         return Site(self._name(), self._syncbn.group, self.num_features, self._force_sync, self)
 
     def _name(self) -> str:
-        """The layer in messages: its path if it was converted, else its class and size."""
-        return self._syncbn.path or f"{type(self).__name__}({self.num_features})"
+        """The layer in messages: its path if it was converted, else its class and size, as in compiled code always.
+
+        The compiler would guard a path, and compile each layer by itself.
+        """
+        path = None if torch.compiler.is_compiling() else self._syncbn.path
+        return path or f"{type(self).__name__}({self.num_features})"
 
     def extra_repr(self) -> str:
         group = self._syncbn.group

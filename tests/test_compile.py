@@ -279,6 +279,29 @@ def test_transforms_in_compiled_code_have_the_values_of_eager():
             tolerance.check("a transform", compiled, eager)
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x)).relu()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("force", [False, True])
+def test_blocks_compiled_one_by_one_share_a_graph(force):
+    """The layers differ in their paths alone."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = syncbn.convert(nn.Sequential(*[Block() for _ in range(4)]))
+    for block in model:
+        block.norm._force_sync = force
+        block.compile(backend="aot_eager")
+    model(torch.randn(2, 4, 3, 3)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "the first x needs no gradient"
+
+
 def test_compiled_classes_that_do_not_normalize_once_are_named():
     for cls, how in ((Twice, "more than once"), (ByHand, "without F.batch_norm")):
         torch._dynamo.reset()
