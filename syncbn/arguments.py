@@ -37,7 +37,7 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
     if torch.compiler.is_compiling():
         return None
-    if running is not None and torch._C._functorch.is_batchedtensor(x) > torch._C._functorch.is_batchedtensor(running.mean):
+    if running is not None and _batches(x) > _batches(running.mean):
         return ValueError(
             "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
             "expected eval mode, or track_running_stats=False"
@@ -47,6 +47,15 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
     except ValueError as error:
         return error
     return None
+
+
+def _batches(value: Tensor) -> int:
+    """How many vmaps batch the value."""
+    functorch, found = torch._C._functorch, 0
+    while functorch.is_functorch_wrapped_tensor(value):
+        found += functorch.is_batchedtensor(value)
+        value = functorch.get_unwrapped(value)
+    return found
 
 
 def residual_problem(x: Tensor, residual: Tensor | None) -> Exception | None:

@@ -372,6 +372,28 @@ def test_vmap_over_processes_is_one_collective_for_all_batches():
         assert sizes == [3 * (2 * C + 1)]
 
 
+def test_vmap_of_gradients_names_statistics_that_many_batches_would_move():
+    made, x = forced(track_running_stats=True), torch.randn(4, 3, C, 2, 1, dtype=torch.float64)
+    state = dict(made.named_parameters()), dict(made.named_buffers())
+
+    def slope(state, x):
+        def loss(parameters):
+            buffers = {name: value.clone() for name, value in state[1].items()}
+            return functional_call(made, (parameters, buffers), (x,)).pow(3).sum()
+
+        return grad(loss)(state[0])
+
+    for derivative in (slope, lambda state, x: grad(lambda z: slope(state, z)["weight"].sum())(x)):
+        with CollectivesSeen() as log, pytest.raises(ValueError, match="batched by vmap and running statistics that are not"):
+            vmap(derivative, (None, 0))(state, x)
+        assert log.seen == []
+    copies = tuple({name: torch.stack([value.detach()] * 4) for name, value in part.items()} for part in state)
+    theirs = layer()
+    theirs.load_state_dict(state[0], strict=False)
+    expected = [torch.autograd.grad(theirs(part).pow(3).sum(), theirs.weight)[0] for part in x]
+    assert_near(vmap(slope)(copies, x)["weight"], torch.stack(expected))
+
+
 def test_the_private_torch_names_of_this_path_are_there():
     assert torch._C._functorch.peek_interpreter_stack() is None
     assert forward_ad._current_level == -1
