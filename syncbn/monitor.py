@@ -70,8 +70,8 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
     (Santurkar et al. 2018, arXiv:1805.11604, theorem 4.1). ⟨1, g⟩ and ⟨g, x̂⟩ are G1 and G2·i, which the layers reduce. It is in
     units of the loss that each rank differentiates: that of DistributedDataParallel is W times the rank's part of the mean.
 
-    A layer in eval mode, and one in compiled code, is not seen; a masked call has no slack. The layers of a process that is
-    alone take the synchronized path while they are watched: equal to rounding, not to the bit.
+    A layer in eval mode, and one in compiled code, is not seen. The layers of a process that is alone take the synchronized
+    path while they are watched: equal to rounding, not to the bit.
 
     Args:
         model: any model with layers of ours, in DistributedDataParallel or not. Inside, messages name its layers by their
