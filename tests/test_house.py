@@ -2,8 +2,10 @@
 
 import ast
 import inspect
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,28 @@ def test_the_private_torch_names_in_use_are_there():
     assert hasattr(torch._C._distributed_c10d.Backend.Options, "_timeout")
     assert torch._C._len_torch_dispatch_stack() == 0
     assert torch._C._functorch.peek_interpreter_stack() is None
+
+
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+
+
+def test_the_source_distribution_is_the_whole_tree(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    listed = subprocess.run(["git", "ls-files"], cwd=TESTS.parent, capture_output=True, text=True, timeout=20, check=False)
+    if listed.returncode:
+        pytest.skip("needs a checkout")
+    for name in (there := listed.stdout.splitlines()):
+        (copy := tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TESTS.parent / name, copy)
+    compiled = tmp_path / "tree" / "tests" / "__pycache__" / "a.pyc"
+    compiled.parent.mkdir()
+    compiled.write_text("")
+    built = subprocess.run(
+        [sys.executable, "-c", BUILD, tmp_path], cwd=tmp_path / "tree", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as found:
+        packed = {name.partition("/")[2] for name in found.getnames()}
+    assert set(there) - {".gitignore"} <= packed
+    assert not any("__pycache__" in name for name in packed)
