@@ -65,6 +65,8 @@ def test_factors_that_do_not_exist():
             growth_factor(values)
     with pytest.raises(ValueError, match="constant"):
         growth_factor(8, lambda x: 0 * x + 1.0)
+    with pytest.raises(ValueError, match="whose derivative is 0"):
+        growth_factor(8, torch.sign)
     with pytest.raises(ValueError, match='expected "relu"'):
         growth_factor(8, "swish")
 

@@ -58,7 +58,8 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
         infinite factors for 2 and 3 values: the expectation diverges. (With 2 values and ε = 0 the gradient itself is zero.)
 
     Raises:
-        ValueError: values below 2, or an activation that is neither known nor a function; one that is constant.
+        ValueError: values below 2, or an activation that is neither known nor a function; one that is constant, or so
+            between its jumps.
     """
     if not values >= 2:
         raise ValueError(f"given values={values!r}; expected 2 or more values per channel, or math.inf")
@@ -68,6 +69,8 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
     spread = found.square - found.product
     if not spread > 1e-12 * found.square:
         raise ValueError(f"given activation={activation!r}, which is constant for gain={gain} and shift={shift}")
+    if found.slope_square == 0:
+        raise ValueError(f"given activation={activation!r}, whose derivative is 0 wherever it was taken: no gradient passes it")
     rest = found.slope_square - found.slope_product + found.radial_square - found.radial_product
     moment = 1.0 if math.isinf(values) else values / (values - 3)
     lambda_sq = moment / spread * (found.slope_square - rest / values)

@@ -63,8 +63,7 @@ class UnitRun(NamedTuple):
     quotients: Tensor  # (T+1,) ρ(w_t)
     gradient_norms: Tensor  # (T+1,) ‖∇_i f‖²_{S⁻¹}
     off_line: float  # the largest part of ∂f/∂w that is not along A_w·u
-    value: float  # f afterwards
-    bracketed: bool
+    value: float  # f afterwards; NaN where no length is best
 
 
 class TanhUnits:
@@ -98,7 +97,7 @@ class TanhUnits:
         off_line = 0.0
         for step in range(steps + 1):
             if bracket is None:
-                return UnitRun(torch.tensor(quotients), torch.tensor(norms), off_line, math.nan, False)
+                return UnitRun(torch.tensor(quotients), torch.tensor(norms), off_line, math.nan)
             g = bracket.root
             gradient, factor = self.gradient(unit, g * w)
             quotients.append(-(self.u @ w).square().item())
@@ -115,7 +114,7 @@ class TanhUnits:
                 w = self._unit(w + by_w / (self.largest * g * h))
             bracket = self._length(unit, w, halvings)
         self.on_line[unit] = (g * (self.u @ w)).item() / -self.best
-        return UnitRun(torch.tensor(quotients), torch.tensor(norms), off_line, self.value(), True)
+        return UnitRun(torch.tensor(quotients), torch.tensor(norms), off_line, self.value())
 
     def value(self) -> float:
         """f of all units on the line."""

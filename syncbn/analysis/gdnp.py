@@ -162,7 +162,8 @@ def gdnp_halfspace(
 
     Args:
         x: (n, d) this rank's rows. y: (n,) of −1 and 1. Computed in float64.
-        steps, halvings: T, with two all_reduces of d values a step, and one of one value each halving.
+        steps, halvings: T, with two all_reduces of d values a step, and of one value two for the bracket,
+            one for each doubling of an end of it, and one each halving.
         start: (d,) w_0, the same on all ranks; None: u = −E[yx].
         loss: φ, elementwise, twice differentiable, increasing.
         process_group: the ranks whose rows make the data; None: all.
