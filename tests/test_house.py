@@ -186,7 +186,7 @@ BUILD = "import sys; from setuptools import build_meta; build_meta.build_sdist(s
 def test_the_source_distribution_is_the_whole_tree(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     listed = subprocess.run(["git", "ls-files"], cwd=TESTS.parent, capture_output=True, text=True, timeout=20, check=False)
-    if listed.returncode:
+    if not listed.stdout:
         pytest.skip("needs a checkout")
     for name in (there := listed.stdout.splitlines()):
         (copy := tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
