@@ -1,5 +1,8 @@
 """What is wrong with the arguments of a batch norm, all of it known before the collective."""
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +20,6 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
         return TypeError(f"given input of {x.dtype}; expected float16, bfloat16, float32 or float64")
     if affine.eps < 0:
         return ValueError(f"given eps={affine.eps}; expected 0 or more")
-    if channels is not None and x.shape[1] != channels:
-        return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
     if running is not None and not isinstance(running.momentum, (int, float, type(None))):
         return TypeError(f"given momentum={running.momentum!r}; expected a number, or None for the average of all batches")
     mean, var = (None, None) if running is None else (running.mean, running.var)
@@ -35,6 +36,9 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
             return ValueError(f"given input on {device} and {name} on {value.device}; expected one device")
         if value.dtype not in FLOATING:
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
+        channels = None  # what a layer was made for, which its vectors may have been pruned from
+    if channels is not None and x.shape[1] != channels:
+        return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
     if torch.compiler.is_compiling():
         return None
     if running is not None and _batches(x) > _batches(running.mean):
@@ -47,6 +51,14 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
     except ValueError as error:
         return error
     return None
+
+
+def as_number(momentum: Any) -> Any:
+    """A real number of any library, or a tensor () on the CPU, as a float; what is none, for `problem_of` to name, as it is."""
+    if momentum is None or isinstance(momentum, (int, float)):
+        return momentum
+    known = isinstance(momentum, Tensor) and momentum.is_cpu and momentum.dim() == 0
+    return float(momentum) if known or isinstance(momentum, numbers.Real) else momentum
 
 
 def _batches(value: Tensor) -> int:

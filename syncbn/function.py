@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import collectives, differentiable, equations, kernels
-from .arguments import mask_problem, problem_of, residual_problem, where
+from .arguments import as_number, mask_problem, problem_of, residual_problem, where
 from .collectives import Call, Group, GroupLike
 from .kernels import Affine, Running, Saved
 
@@ -122,6 +122,7 @@ def sync_batch_norm(
         return local(input, running_mean, running_var, Affine(weight, bias, eps), False, mask, "sync_batch_norm")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"given one of running_mean and running_var; expected both or neither ({where('sync_batch_norm')})")
+    momentum = as_number(momentum)
     if not isinstance(momentum, (int, float)):
         raise TypeError(
             f"given momentum={momentum!r}; expected a number: None is for layers, which count batches "
@@ -171,6 +172,8 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None
+    elif running is not None and not isinstance(running.momentum, float):
+        running = running._replace(momentum=as_number(running.momentum))
     problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")

@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.fx
 import worlds
 from collectives_seen import CollectivesSeen
 from torch import nn
@@ -136,6 +138,32 @@ def test_a_momentum_that_is_no_number_changes_nothing():
     with pytest.raises(TypeError, match=r"given momentum='0.1'; expected a number, or None .* rank 0 of 1"):
         layer(torch.randn(4, 3))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("momentum", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5)], ids=lambda m: type(m).__name__)
+def test_a_momentum_may_be_any_number(force, momentum):
+    layers = [syncbn.SyncBatchNorm1d(3, momentum=m) for m in (momentum, 0.5)]
+    x = torch.randn(4, 3)
+    for layer in layers:
+        layer._force_sync = force
+        layer(x)
+    assert torch.equal(layers[0].running_var, layers[1].running_var)
+    means = [torch.zeros(3), torch.zeros(3)]
+    for m, mean in zip((momentum, 0.5), means, strict=True):
+        syncbn.sync_batch_norm(x, mean, torch.ones(3), training=True, momentum=m, _force_sync=force)
+    assert torch.equal(*means)
+
+
+def test_a_momentum_on_a_device_is_no_number_that_the_host_knows():
+    with pytest.raises(TypeError, match=r"given momentum=.*; expected a number"):
+        _call(momentum=torch.tensor([0.1, 0.2]))
+
+
+def test_symbolic_tracing_says_what_to_do():
+    """nn.BatchNorm2d is a leaf to torch.fx; a class of ours is one to a tracer that knows."""
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"trace before syncbn.convert, or by a Tracer whose is_leaf_module"):
+        torch.fx.symbolic_trace(syncbn.convert(nn.Sequential(nn.BatchNorm2d(3))))
 
 
 def _alone_too_long(world):
