@@ -12,7 +12,7 @@ def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextM
 
     The recomputation then issues no collective; the 2C+1 float64 values of each layer's call are kept until the backward. Works
     for layers called several times, several forwards before a backward, nested checkpoints and early stopping. Running
-    statistics move once with it and without it.
+    statistics move once with it and without it, unless the block itself is compiled: then put the checkpoint inside.
 
     Inside torch.compile, keep the collective by the compiler's own policy instead:
 

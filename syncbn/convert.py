@@ -146,11 +146,12 @@ def _become(layer: Any, target: type[nn.Module]) -> None:
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each batch norm layer once, with its first path, scripted ones included."""
     for path, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) or "BatchNorm" in getattr(layer, "original_name", ""):
+        scripted = isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name
+        if isinstance(layer, _BatchNorm) or scripted:
             yield path, layer
 
 
 def _group_of(layer: nn.Module) -> GroupLike:
     """The group that a torch.nn.SyncBatchNorm has; None for the default group, so that the layer outlives it."""
-    group = getattr(layer, "process_group", None)
+    group = layer.process_group if isinstance(layer, nn.SyncBatchNorm) else None
     return None if is_default_group(group) else group

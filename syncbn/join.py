@@ -92,7 +92,7 @@ class SyncBatchNormJoin(Joinable):
         if not layers:
             raise ValueError("given a model without layers of syncbn; expected some: syncbn.convert it before wrapping")
         for path, layer in layers.items():
-            if layer.process_group is not ddp.process_group:
+            if layer._syncbn.group.resolve() is not ddp.process_group:
                 raise ValueError(
                     f"given layer {path!r} with {layer._syncbn.group!r}; expected the group of the DistributedDataParallel"
                 )

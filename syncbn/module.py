@@ -46,10 +46,25 @@ class _Synchronized(_BatchNorm):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The group whose ranks share statistics, None where this process is alone. ValueError on a rank outside of it."""
-        return self._syncbn.group.resolve()
+        """The group whose ranks share statistics, None where this process is alone. ValueError on a rank outside of it.
 
-    def _build(
+        Can be set, to what `convert` takes. In a user's class with an attribute of this name it is that attribute.
+        """
+        return vars(self)["process_group"] if self._syncbn_has_own_group() else self._syncbn.group.resolve()
+
+    @process_group.setter
+    def process_group(self, group: GroupLike) -> None:
+        if self._syncbn_has_own_group():
+            vars(self)["process_group"] = group
+        else:
+            self._syncbn = self._syncbn._replace(group=Group(group))
+
+    def _syncbn_has_own_group(self) -> bool:
+        """Whether process_group is an attribute of a user's class, and not that of torch's."""
+        origin = self._syncbn.origin or type(self)
+        return "process_group" in vars(self) and not issubclass(origin, nn.SyncBatchNorm)
+
+    def _syncbn_build(
         self,
         num_features: int,
         eps: float,
@@ -68,28 +83,31 @@ class _Synchronized(_BatchNorm):
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """y of `input` (N, C, *): where `mask`, (N, *) or (N, 1, *) bool, is true, and 0 elsewhere; see `sync_batch_norm`."""
-        return self._forward(input, Affine(self.weight, self.bias, self.eps), mask)
+        return self._syncbn_forward(input, Affine(self.weight, self.bias, self.eps), mask)
 
-    def _forward(self, input: Tensor, affine: Affine, mask: Tensor | None) -> Tensor:
+    def _syncbn_forward(self, input: Tensor, affine: Affine, mask: Tensor | None) -> Tensor:
         try:
             self._check_input_dim(input)
+        except torch.fx.proxy.TraceError as error:
+            todo = "trace before syncbn.convert, or by a Tracer whose is_leaf_module takes the layers of syncbn for such"
+            raise type(error)(f"{error}: {todo} ({where(self._syncbn_name())})") from None
         except ValueError as error:
-            raise ValueError(f"{error} ({where(self._name())})") from None
+            raise ValueError(f"{error} ({where(self._syncbn_name())})") from None
         mean, var = self.running_mean, self.running_var
         if not self.training:
-            return local(input, mean, var, affine, mean is None and var is None, mask, self._name())
+            return local(input, mean, var, affine, mean is None and var is None, mask, self._syncbn_name())
         running = None
         if self.track_running_stats and mean is not None and var is not None:
             if self._syncbn is not ALL_RANKS and self._syncbn.group != ALL_RANKS.group and not torch.compiler.is_compiling():
-                self._warn_if_broadcast()
+                self._syncbn_warn_if_broadcast()
             uncounted = self.momentum is None and self.num_batches_tracked is None
             running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
-        return self._train(input, affine, running, mask)
+        return self._syncbn_train(input, affine, running, mask)
 
-    def _train(self, input: Tensor, affine: Affine, running: Running | None, mask: Tensor | None) -> Tensor:
-        return train(input, affine, running, self._site(), mask)
+    def _syncbn_train(self, input: Tensor, affine: Affine, running: Running | None, mask: Tensor | None) -> Tensor:
+        return train(input, affine, running, self._syncbn_site(), mask)
 
-    def _warn_if_broadcast(self) -> None:
+    def _syncbn_warn_if_broadcast(self) -> None:
         """Warn, once a wrapper, if DistributedDataParallel will overwrite statistics of a smaller group by those of rank 0."""
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is None or ddp in _warned or not ddp.broadcast_buffers:
@@ -98,17 +116,17 @@ class _Synchronized(_BatchNorm):
         if size < ddp.process_group.size():
             _warned.add(ddp)
             warnings.warn(
-                f"layer {self._name()!r} shares statistics among {size} ranks, but DistributedDataParallel over "
+                f"layer {self._syncbn_name()!r} shares statistics among {size} ranks, but DistributedDataParallel over "
                 f"{ddp.process_group.size()} ranks broadcasts the buffers of its first rank before each forward, so every "
                 "group gets the running statistics of one: turn its broadcast of buffers off",
                 stacklevel=3,
             )
 
-    def _site(self) -> Site:
+    def _syncbn_site(self) -> Site:
         """Where this layer normalizes."""
-        return Site(self._name(), self._syncbn.group, self.num_features, self._force_sync, self)
+        return Site(self._syncbn_name(), self._syncbn.group, self.num_features, self._force_sync, self)
 
-    def _name(self) -> str:
+    def _syncbn_name(self) -> str:
         """The layer in messages: its path if it was converted, else its class and size, as in compiled code always.
 
         The compiler would guard a path, and compile each layer by itself.
@@ -131,8 +149,9 @@ class SyncBatchNorm(_Synchronized):
     and nn.SyncBatchNorm, and gives them back.
 
     Inside a backward, as activation checkpointing recomputes, running statistics and num_batches_tracked do not move: once a
-    step, reentrant or not. That goes for any forward that a backward hook or a custom backward calls. The collective repeats,
-    alike on all ranks, unless `syncbn.checkpoint_context` is given.
+    step, reentrant or not. That goes for any forward that a backward hook or a custom backward calls, but for compiled code,
+    which cannot tell: an eager checkpoint around a compiled block moves them twice, as nn.BatchNorm does; put the checkpoint
+    inside. The collective repeats, alike on all ranks, unless `syncbn.checkpoint_context` is given.
 
     A batch without a value on any rank leaves running statistics and num_batches_tracked as they were (torch counts it where
     it does not raise); a single value in the whole batch moves running_mean and leaves running_var.
@@ -173,7 +192,7 @@ class SyncBatchNorm(_Synchronized):
                 `sync_batch_norm`.
         """
         factory = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})
-        self._build(num_features, eps, momentum, affine, track_running_stats, factory, Group(process_group, group_size))
+        self._syncbn_build(num_features, eps, momentum, affine, track_running_stats, factory, Group(process_group, group_size))
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -199,7 +218,7 @@ class SyncBatchNormReLU(SyncBatchNorm):
         Raises:
             ValueError, TypeError: a residual of another shape, device or dtype; those of `sync_batch_norm`.
         """
-        return self._forward(input, Affine(self.weight, self.bias, self.eps, True, residual), mask)
+        return self._syncbn_forward(input, Affine(self.weight, self.bias, self.eps, True, residual), mask)
 
 
 @contextlib.contextmanager
@@ -248,7 +267,7 @@ class _LikeTorch(_Synchronized):
         group_size: int | None = None,
     ) -> None:
         factory = {"device": device, "dtype": dtype} | ({} if bias else {"bias": False})
-        self._build(num_features, eps, momentum, affine, track_running_stats, factory, Group(process_group, group_size))
+        self._syncbn_build(num_features, eps, momentum, affine, track_running_stats, factory, Group(process_group, group_size))
 
 
 class SyncBatchNorm1d(_LikeTorch, nn.BatchNorm1d):

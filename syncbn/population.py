@@ -190,7 +190,7 @@ def _groups(layers: list[Any]) -> list[ProcessGroup]:
 
     All ranks of the job, where groups are given by size, as those of torch's layers are: fully_shard gathers over all of them.
     """
-    found = [Group().resolve() if layer._syncbn.group.group_size else layer.process_group for layer in layers]
+    found = [Group().resolve() if layer._syncbn.group.group_size else layer._syncbn.group.resolve() for layer in layers]
     return [group for group in dict.fromkeys(found) if group is not None and group.size() > 1]
 
 

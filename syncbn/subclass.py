@@ -7,8 +7,10 @@ Requirements
     - a class made here pickles by the user's class.
 """
 
+import contextlib
 import copyreg
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from .arguments import where
-from .function import Site, train
+from .function import Site, in_backward, train
 from .kernels import Affine, Running
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, _Synchronized
 
@@ -57,22 +59,28 @@ def _make(cls: type[Any]) -> type[nn.Module]:
     if issubclass(cls, LazyModuleMixin) and cls.cls_to_become is not None:
         becomes = synchronized_class(cls.cls_to_become)
         lazy = (_Lazy, cls, _Synchronized)
-        return types.new_class(name, lazy, {}, lambda body: body.update(wraps=cls, cls_to_become=becomes))
+        return types.new_class(name, lazy, {}, lambda body: body.update(_syncbn_wraps=cls, cls_to_become=becomes))
     ours = next((mine for torchs, mine in OURS.items() if issubclass(cls, torchs)), SyncBatchNorm)
     mixin = _ByOrigin if cls.forward is _BatchNorm.forward else _Redirected
-    return types.new_class(name, (mixin, cls, ours), {}, lambda body: body.update(wraps=cls))
+    try:
+        return types.new_class(name, (mixin, cls, ours), {}, lambda body: body.update(_syncbn_wraps=cls))
+    except TypeError as error:
+        raise ValueError(
+            f"given class {cls.__qualname__}, of which no subclass can be made: {error}; expected one that can be derived from "
+            "without arguments: leave the layer out with skip="
+        ) from error
 
 
 class _ByOrigin:
     """Pickles a class made here by the class that it wraps."""
 
-    wraps: type[nn.Module]
+    _syncbn_wraps: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(2)
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced  # the user's own way
-        return (_new, (self.wraps,), *reduced[2:])
+        return (_new, (self._syncbn_wraps,), *reduced[2:])
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
@@ -92,28 +100,45 @@ class _Lazy(_ByOrigin):
 class _Redirected(_ByOrigin):
     """Runs the forward of the wrapped class with its batch normalization replaced by ours."""
 
-    _redirect: "_Redirect"  # of the forward that runs, while it is traced
+    _syncbn_redirect: "_Redirect"  # of the forward that runs, while it is traced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
         if not layer.training:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        redirect = _Redirect(layer._site())
+        if in_backward() and layer.num_batches_tracked is not None:
+            with _uncounted(layer):
+                return self._syncbn_redirected(*args, **kwargs)
+        return self._syncbn_redirected(*args, **kwargs)
+
+    def _syncbn_redirected(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self
+        redirect = _Redirect(layer._syncbn_site())
         if torch.compiler.is_compiling():
-            self._redirect = redirect
+            self._syncbn_redirect = redirect
         with redirect:
             result = super().forward(*args, **kwargs)  # type: ignore[misc]
         if torch.compiler.is_compiling():
-            del self._redirect
+            del self._syncbn_redirect
         redirect.finish()
         return result
 
-    def _train(self, *args: Any) -> Tensor:
+    def _syncbn_train(self, *args: Any) -> Tensor:
         """Reached by super().forward. A trace does not show the call of `train` to the mode: it is counted here."""
         if torch.compiler.is_compiling():
-            self._redirect.count()
-            self._redirect.inside = True
-        return super()._train(*args)  # type: ignore[misc]
+            self._syncbn_redirect.count()
+            self._syncbn_redirect.inside = True
+        return super()._syncbn_train(*args)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _uncounted(layer: Any) -> Iterator[None]:
+    """Inside, a forward that a backward recomputes counts no batch, though the user's class counts them itself."""
+    counted = layer.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        layer.num_batches_tracked.copy_(counted)
 
 
 class _Redirect(TorchFunctionMode):
@@ -150,7 +175,8 @@ class _Redirect(TorchFunctionMode):
         running = None
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, None, momentum)
-        return train(input, Affine(weight, bias, eps), running, self.site)
+        site = self.site._replace(channels=None)  # the forward may fold others into them
+        return train(input, Affine(weight, bias, eps), running, site)
 
     def count(self) -> None:
         """Raise if the layer has normalized already."""

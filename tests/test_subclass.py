@@ -15,6 +15,7 @@ from collectives_seen import CollectivesSeen
 from test_convert import classes, snapshot
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
@@ -119,6 +120,54 @@ class Split(nn.BatchNorm2d):
             return super().forward(x)
         half = len(x) // 2
         return torch.cat([super().forward(x[:half]), self.other(x[half:])])
+
+
+class Cluttered(nn.BatchNorm2d):
+    """Has names that a library might want for itself."""
+
+    wraps = _redirect = "a class attribute"
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.process_group = "of the user"
+        self._name = self._build = "an attribute"
+
+    def _train(self, x):
+        return x + 1
+
+    def _site(self):
+        return 2
+
+    def _forward(self, x):
+        return super().forward(self._train(x)) * self._site()
+
+    def forward(self, x):
+        return self._forward(x)
+
+
+class Ghost(nn.BatchNorm2d):
+    """Normalizes halves of a batch apart, as more channels."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features, track_running_stats=False)
+
+    def forward(self, x):
+        halves = x.view(-1, 2 * x.shape[1], *x.shape[2:])
+        return F.batch_norm(halves, None, None, self.weight.repeat(2), self.bias.repeat(2), self.training).view_as(x)
+
+
+class WithKeywords(nn.BatchNorm2d):
+    def __init_subclass__(cls, registry, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class Permissive(nn.Module):
+    """Has every attribute, as wrappers that pass on what they do not know may."""
+
+    original_name = None
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name.startswith("_") else None
 
 
 USERS = {"Named": Named, "Scaled": Scaled, "Activated": Activated, "AnyDimensions": AnyDimensions}
@@ -403,3 +452,59 @@ def test_layers_in_two_parents_and_twice_in_one_stay_one_layer():
     assert shared._syncbn.path == "a.0"
     syncbn.revert(model)
     assert type(shared) is Activated
+
+
+@pytest.mark.parametrize("made", [Cluttered, Ghost])
+def test_what_a_class_has_of_its_own_works_where_batches_are_synchronized(made):
+    x = torch.randn(4, C, 2, 3)
+    expected = made(C)(x)
+    layer = syncbn.convert(made(C))
+    layer._force_sync = True
+    torch.testing.assert_close(layer(x), expected)
+    assert syncbn.revert(layer)(x).equal(expected)
+
+
+def test_an_attribute_process_group_of_a_users_class_is_the_users():
+    layer = syncbn.convert(nn.Sequential(Cluttered(C)))[0]
+    assert layer.process_group == "of the user"
+    layer.process_group = "still"
+    assert (layer.process_group, layer._syncbn.group) == ("still", syncbn.collectives.Group())
+
+
+def _group_by_assignment(world):
+    layers = [syncbn.convert(nn.SyncBatchNorm(C)), syncbn.SyncBatchNorm(C)]
+    for layer in layers:
+        layer.process_group = world.group
+    return [layer.process_group is layer._syncbn.group.process_group is world.group for layer in layers]
+
+
+def test_a_group_can_be_assigned():
+    assert worlds.run(2, _group_by_assignment) == [[True, True]] * 2
+
+
+def test_a_pruned_layer_goes_by_its_vectors():
+    layer = syncbn.convert(nn.BatchNorm2d(C))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(layer, name).data = getattr(layer, name).data[:2]
+    layer._force_sync = True
+    assert layer(torch.randn(3, 2, 2, 2)).shape == (3, 2, 2, 2)
+
+
+def test_a_class_that_cannot_be_derived_from_is_named():
+    needy = type("Needy", (WithKeywords,), {}, registry=None)
+    with pytest.raises(ValueError, match=r"given class Needy.*registry.*skip= \(layer '0'\)"):
+        syncbn.convert(nn.Sequential(needy(C)))
+
+
+def test_a_module_that_has_every_attribute_is_left_alone():
+    model = nn.Sequential(Permissive(), nn.BatchNorm2d(C))
+    assert type(syncbn.convert(model)[0]) is Permissive
+    assert type(syncbn.revert(model)[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_batches_that_a_class_counts_itself_are_counted_once_with_checkpointing(reentrant):
+    layer = syncbn.convert(Activated(C))
+    x = torch.randn(4, C, 2, 3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert int(layer.num_batches_tracked) == 1

@@ -122,7 +122,7 @@ def _watch(name: str, layer: nn.Module, calls: list[_Call]) -> list[Any]:
 
 
 def _terms(goal: Objective, call: _Call, u: Tensor, g: Tensor) -> LayerSmoothness:
-    layer, group = call.layer, call.layer.process_group if isinstance(call.layer, _Synchronized) else None
+    layer, group = call.layer, call.layer._syncbn.group.resolve() if isinstance(call.layer, _Synchronized) else None
 
     def reduced(*tensors: Tensor) -> list[Tensor]:
         return sum_over_ranks(tensors, group, "batch_norm_smoothness")
