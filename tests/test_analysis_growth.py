@@ -247,6 +247,7 @@ def test_advice():
     assert "unsynchronized, 4 values per channel: lambda_sq 3.08; synchronized, 64 values per channel: lambda_sq 1.49" in ranks
     assert ranks.endswith(": synchronize")
     assert advice(growth._replace(norms=(NormLayer("a", 512, 1024),))).endswith("changes little")
+    assert advice(growth._replace(norms=(NormLayer("a", 1, 2),))).endswith(": synchronize"), "one value is no batch norm"
     assert "nothing to synchronize" in advice(growth._replace(norms=()))
 
 

@@ -199,5 +199,5 @@ def said_of(values: float, activation: str | Activation = "relu") -> str:
 
 def _compared(local: float, total: float, activation: str | Activation) -> str:
     mine, theirs = (growth_factor(n, activation).lambda_sq if n >= 2 else math.inf for n in (local, total))
-    do = "synchronize" if mine > LITTLE * theirs else "synchronizing changes little"
+    do = "synchronize" if local < 2 or mine > LITTLE * theirs else "synchronizing changes little"
     return f"unsynchronized, {said_of(local, activation)}; synchronized, {said_of(total, activation)}: {do}"
