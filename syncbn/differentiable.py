@@ -26,9 +26,14 @@ def wanted() -> bool:
     )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether this is inside a torch.func transform; a trace takes the test by type alone."""
     return not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
+
+
+def batched(dy: Tensor) -> bool:
+    """Whether dy is of many backwards at once, by torch.func.vmap or by the vmap of torch.autograd before it."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy) or transformed()
 
 
 def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
@@ -36,7 +41,7 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
 
     With a mask (N, 1, *), by the statistics of where it is true; x is finite elsewhere.
     """
-    if torch.compiler.is_compiling() and not _transformed():
+    if torch.compiler.is_compiling() and not transformed():
         return _compiled(x, affine, running, call, mask)
     return _transformable(x, affine, running, call, mask)
 
@@ -125,8 +130,8 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = grad.shape[-1] - ctx.constants
-        reduced = all_reduce(grad[..., :kept], ctx.call._replace(phase="backward", sums=False), ctx.watch)
-        return torch.cat([reduced, torch.zeros_like(grad[..., kept:])], -1), None, None, None
+        reduced = all_reduce(grad.narrow(-1, 0, kept), ctx.call._replace(phase="backward", sums=False), ctx.watch)
+        return torch.cat([reduced, torch.zeros_like(grad.narrow(-1, kept, ctx.constants))], -1), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -139,6 +144,11 @@ class _AllReduce(torch.autograd.Function):
 
 def all_reduce(message: Tensor, call: Call, watch: _Watch, constants: int = 0) -> Tensor:
     """The sum of messages (*, M) over call.group, differentiable any number of times, forward and backward."""
+    if torch._C._functorch.is_legacy_batchedtensor(message):  # torch.autograd's own vmap, which asks no function for its rule
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        reduced = all_reduce(torch._remove_batch_dim(message, level, 0, 0), call, watch, constants)
+        return torch._add_batch_dim(reduced, 0, level)
     return _AllReduce.apply(message, constants, call, watch)
 
 

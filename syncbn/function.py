@@ -22,7 +22,7 @@ from .kernels import Affine, Running, Saved
 class _SyncBatchNorm(torch.autograd.Function):
     """Forward: moments, all_reduce, normalize. Backward: gradient sums, all_reduce, input gradient (see `syncbn.equations`).
 
-    Differentiable again: with create_graph=True backward goes by the equations.
+    Differentiable again: with create_graph=True backward goes by the equations, and so do many gradients at once.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         call = Call(ctx.call.layer, "backward", *ctx.call[2:])
         dx: Tensor | None
         dresidual: Tensor | None
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or differentiable.batched(dy):  # create_graph=True, or is_grads_batched=True
             dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, ctx.eps, call, mask)
         else:
             compute = kernels.pick(x)

@@ -372,6 +372,28 @@ def test_vmap_over_processes_is_one_collective_for_all_batches():
         assert sizes == [3 * (2 * C + 1)]
 
 
+def _batched(world):
+    """The Jacobian of y (2, C, 1, 1) by x, all rows at once, and one by one."""
+    made, x = layer(world.group), inputs(world.size, "single")[world.rank]
+    rows = torch.eye(x.numel(), dtype=torch.float64).view(-1, *x.shape)
+    y = made(x)
+    with CollectivesSeen() as log:
+        (together,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)
+    one_by_one = torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in rows])
+    return together, one_by_one, [count for _, _, count in log.seen]
+
+
+def test_a_backward_of_many_gradients_at_once():
+    rows = C * 6
+    for together, one_by_one, sizes in worlds.run(2, _batched):
+        assert_near(together, one_by_one)
+        assert sizes == [2 * C + 1, rows * 2 * C], "the statistics anew, and one collective for all gradients"
+    made, x = forced(), torch.randn(3, C, 2, 1, dtype=torch.float64)
+    vectorized = functools.partial(torch.autograd.functional.hessian, functools.partial(_cube, made), vectorize=True)
+    assert_near(vectorized(x), TRANSFORMS["hessian"](layer(), x, x), "hessian")
+    assert torch.autograd.gradcheck(made, x.requires_grad_(), check_batched_grad=True)
+
+
 def test_vmap_of_gradients_names_statistics_that_many_batches_would_move():
     made, x = forced(track_running_stats=True), torch.randn(4, 3, C, 2, 1, dtype=torch.float64)
     state = dict(made.named_parameters()), dict(made.named_buffers())
