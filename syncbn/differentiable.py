@@ -139,7 +139,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], message: Tensor, constants: int, call: Call, watch: _Watch) -> Any:
-        return all_reduce(message.movedim(in_dims[0], 0), call, watch, constants), 0
+        return all_reduce(message.movedim(in_dims[0], 0), call._replace(sums=False), watch, constants), 0
 
 
 def all_reduce(message: Tensor, call: Call, watch: _Watch, constants: int = 0) -> Tensor:
@@ -147,7 +147,7 @@ def all_reduce(message: Tensor, call: Call, watch: _Watch, constants: int = 0) -
     if torch._C._functorch.is_legacy_batchedtensor(message):  # torch.autograd's own vmap, which asks no function for its rule
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        reduced = all_reduce(torch._remove_batch_dim(message, level, 0, 0), call, watch, constants)
+        reduced = all_reduce(torch._remove_batch_dim(message, level, 0, 0), call._replace(sums=False), watch, constants)
         return torch._add_batch_dim(reduced, 0, level)
     return _AllReduce.apply(message, constants, call, watch)
 

@@ -1,5 +1,7 @@
 """The monitor: its figures against their definitions on the whole batch, and nothing changed by it."""
 
+import math
+
 import pytest
 import torch
 import worlds
@@ -133,7 +135,7 @@ def test_the_slack_is_what_the_squared_gradient_norm_falls_short_by():
 
 
 def test_checkpointed_masked_and_forward_mode_calls():
-    """A recomputation is no other call; tangents are no statistics."""
+    """A recomputation is no other call; a mask leaves what is valid; tangents and many gradients at once are no statistics."""
     layer = syncbn.SyncBatchNorm1d(4).double()
     x = torch.randn(6, 4).double().requires_grad_()
     with syncbn.monitor(layer) as watching:
@@ -143,6 +145,10 @@ def test_checkpointed_masked_and_forward_mode_calls():
         again = watching.read()
         layer(x, mask=torch.arange(6) < 4).sum().backward()
         masked = watching.read()
+        layer(x[:4]).sum().backward()
+        cut = watching.read()
+        torch.autograd.grad(layer(x), x, torch.ones(1, 6, 4), is_grads_batched=True)
+        assert math.isnan(watching.read().layers["SyncBatchNorm1d"].smoothness_slack)
         layer.running_mean = layer.running_var = None  # torch.func changes no buffers
         torch.func.jvp(layer, (x.detach(),), (torch.randn_like(x),))
         forward = watching.read()
@@ -155,6 +161,7 @@ def test_checkpointed_masked_and_forward_mode_calls():
     assert masked.layers["SyncBatchNorm1d"].smoothness_slack == pytest.approx(
         (4 / (x[:4].var(0, correction=0) + 1e-5)).sum().item()
     )
+    assert masked.layers["SyncBatchNorm1d"].smoothness_slack == pytest.approx(cut.layers["SyncBatchNorm1d"].smoothness_slack)
     assert forward.layers["SyncBatchNorm1d"].mean_over_std == pytest.approx(plain.layers["SyncBatchNorm1d"].mean_over_std)
 
 
