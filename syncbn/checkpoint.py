@@ -2,7 +2,9 @@
 
 from contextlib import AbstractContextManager
 
-from .collectives import Recording
+from torch import Tensor
+
+from .collectives import Call, CollectiveError, recorded
 
 
 def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -26,6 +28,39 @@ def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextM
     """
     recording = Recording()
     return recording.keep(), _Repeated(recording)
+
+
+class Recording:
+    """The reduced messages of the forwards run while it is kept, in order, for a recomputation of the same calls."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Tensor]] = []  # with the name of the layer
+        self.next: int | None = None  # the message to give next; None: recording
+
+    def keep(self) -> AbstractContextManager[None]:
+        """Record the forwards run inside, or, when told to repeat, give them what was recorded."""
+        return recorded(self)
+
+    def repeat(self) -> AbstractContextManager[None]:
+        """Give the forwards run inside what was recorded, from the first on: no collective is issued."""
+        self.next = 0
+        return self.keep()
+
+    def take(self, call: Call, size: int) -> Tensor | None:
+        if self.next is None:
+            return None
+        layer, message = self.messages[self.next] if self.next < len(self.messages) else (None, None)
+        if message is None or layer != call.layer or message.numel() != size:
+            raise CollectiveError(
+                f"layer {call.layer!r} is call {self.next + 1} of a recomputation whose forward had "
+                f"{f'layer {layer!r} there' if layer else f'{self.next} calls'}; expected the same calls in the same order"
+            )
+        self.next += 1
+        return message.clone()
+
+    def add(self, call: Call, reduced: Tensor) -> None:
+        if self.next is None:
+            self.messages.append((call.layer, reduced.clone()))
 
 
 class _Repeated(AbstractContextManager[None]):

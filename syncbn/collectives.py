@@ -216,32 +216,18 @@ def _among(variable: ContextVar[Any], one: Any) -> Iterator[None]:
         variable.set((*values[:last], *values[last + 1 :]))
 
 
-class Recording:
-    """The reduced messages of the forwards run while it is kept, in order, for a recomputation of the same calls."""
+class Recording(Protocol):
+    """Keeps the reduced messages of forwards, and gives them to a recomputation of the same calls."""
 
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, Tensor]] = []  # with the name of the layer
-        self.next: int | None = None  # the message to give next; None: recording
+    def take(self, call: Call, size: int) -> Tensor | None:
+        """What the call had in the forward: no collective is issued; None: it is issued."""
 
-    def keep(self) -> AbstractContextManager[None]:
-        """Record the forwards run inside, or, when told to repeat, give them what was recorded."""
-        return _among(_recordings, self)
+    def add(self, call: Call, reduced: Tensor) -> None: ...
 
-    def repeat(self) -> AbstractContextManager[None]:
-        """Give the forwards run inside what was recorded, from the first on: no collective is issued."""
-        self.next = 0
-        return self.keep()
 
-    def take(self, call: Call, size: int) -> Tensor:
-        assert self.next is not None
-        layer, message = self.messages[self.next] if self.next < len(self.messages) else (None, None)
-        if message is None or layer != call.layer or message.numel() != size:
-            raise CollectiveError(
-                f"layer {call.layer!r} is call {self.next + 1} of a recomputation whose forward had "
-                f"{f'layer {layer!r} there' if layer else f'{self.next} calls'}; expected the same calls in the same order"
-            )
-        self.next += 1
-        return message.clone()
+def recorded(recording: Recording) -> AbstractContextManager[None]:
+    """Show `recording` every collective of a forward that runs inside, in this context only."""
+    return _among(_recordings, recording)
 
 
 _recordings: ContextVar[tuple[Recording, ...]] = ContextVar("syncbn_recordings", default=())
@@ -254,15 +240,13 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
         CollectiveError: the backend raised; the others of the group raise too, or wait until its timeout.
     """
     recordings = _recordings.get() if call.phase != "backward" else ()
+    if not recordings:
+        return _observed_all_reduce(message, call, observers)
+    given = (recording.take(call, message.numel()) for recording in recordings)
+    known = next((taken for taken in given if taken is not None), None)
+    reduced = _observed_all_reduce(message, call, observers) if known is None else Reduced(known, True)
     for recording in recordings:
-        if recording.next is not None:
-            reduced = Reduced(recording.take(call, message.numel()), True)
-            break
-    else:
-        reduced = _observed_all_reduce(message, call, observers)
-    for recording in recordings:
-        if recording.next is None:
-            recording.messages.append((call.layer, reduced.message.clone()))
+        recording.add(call, reduced.message)
     return reduced
 
 

@@ -7,7 +7,7 @@ import torch
 
 import syncbn
 from syncbn import collectives
-from syncbn.collectives import Recording
+from syncbn.checkpoint import Recording
 
 
 class Noting:
