@@ -81,7 +81,7 @@ def samples(loaders, step):
 def wrapped(model, broadcast=True):
     ddp = DistributedDataParallel(syncbn.convert(model))
     ddp.broadcast_buffers = broadcast
-    return ddp, syncbn.SyncBatchNormJoin(ddp), torch.optim.SGD(ddp.parameters(), lr=0.01)
+    return ddp, syncbn.SyncBatchNormJoin(ddp), torch.optim.SGD(ddp.parameters(), lr=0.001)
 
 
 def epoch(world, ddp, optimizer, loaders, penalty=False):
@@ -116,7 +116,7 @@ def _trained(world, use):
 @pytest.mark.parametrize("use", USES)
 def test_calls_made_in_a_backward_are_followed(use):
     model = Net()
-    one_process(model, torch.optim.SGD(model.parameters(), lr=0.01), UNEVEN, use == "gradient penalty")
+    one_process(model, torch.optim.SGD(model.parameters(), lr=0.001), UNEVEN, use == "gradient penalty")
     check(use, model)
 
 
@@ -155,7 +155,7 @@ def _cut_short(world):
 
 def test_contexts_after_a_step_cut_short():
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
     for cut, stop in CUTS:
         one_process(model, optimizer, [sizes[:cut] for sizes in EQUAL])
         for _ in range(1 + stop):
@@ -177,7 +177,7 @@ def _other_layers_in_each_context(world):
 
 def test_each_context_has_a_schedule_of_its_own():
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
     for frozen in [["first"], ["first", "middle", "last"], ["last"]]:
         for name in ["first", "middle", "last"]:
             getattr(model, name).train(name not in frozen)
@@ -314,7 +314,7 @@ def _under_other_names(world):
 
 def test_layers_are_known_by_themselves():
     model = Net()
-    one_process(model, torch.optim.SGD(model.parameters(), lr=0.01), UNEVEN)
+    one_process(model, torch.optim.SGD(model.parameters(), lr=0.001), UNEVEN)
     check("_under_other_names", model)
 
 
