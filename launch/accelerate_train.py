@@ -22,12 +22,15 @@ def main() -> None:
     model, optimizer = accelerator.prepare(network, optimizer)
     checkpoint = Checkpoint(options.checkpoint, settings(options, images), network, optimizer, place.rank)
     job = Job(options, images, model, optimizer, checkpoint, place, accelerator.backward)
+    problem = None
     try:
         fit(job)
+        report(job)
     except CheckpointError as error:
-        sys.exit(f"accelerate_train.py: {error}" if place.rank == 0 else 1)
-    report(job)
+        problem = f"accelerate_train.py: {error}" if place.rank == 0 else 1
     accelerator.end_training()
+    if problem:
+        sys.exit(problem)
 
 
 if __name__ == "__main__":

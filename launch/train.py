@@ -20,6 +20,7 @@ from pathlib import Path
 import data
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # its functions, imported once there is a group, keep it, and Gloo's threads beyond its end
 from checkpoint import Checkpoint, CheckpointError, Progress
 from loop import Job, Place, fit, report
 from torch import nn
@@ -134,11 +135,14 @@ def start(timeout: float) -> Place:
 def main() -> None:
     options = arguments().parse_args()
     place = start(options.timeout)
+    problem = None
     try:
         train(options, place)
-    except CheckpointError as error:
-        sys.exit(f"train.py: {error}" if place.rank == 0 else 1)
+    except CheckpointError as error:  # on every rank; after one of this rank alone, NCCL would wait below for the others
+        problem = f"train.py: {error}" if place.rank == 0 else 1
     dist.destroy_process_group()
+    if problem:
+        sys.exit(problem)
 
 
 if __name__ == "__main__":

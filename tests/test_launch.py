@@ -375,13 +375,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_kept(interrupted, tmp_pat
     _damaged(kind, path)
     before = path.read_bytes()
     monkeypatch.setattr(sys, "argv", ["train.py", *OPTIONS, f"--checkpoint={path}"])
-    try:
-        with pytest.raises(
-            SystemExit, match=rf"^train.py: given .*run.pt, {message}.*\. The file is left as it is: move it away"
-        ):
-            train.main()
-    finally:
-        dist.destroy_process_group()
+    with pytest.raises(SystemExit, match=rf"^train.py: given .*run.pt, {message}.*\. The file is left as it is: move it away"):
+        train.main()
+    assert not dist.is_initialized(), "an error of every rank: the way out is as ever"
     assert path.read_bytes() == before
 
 
@@ -534,6 +530,30 @@ def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path,
     for _ in range(2):
         start(sys.executable, LAUNCH / "lightning_train.py", "--processes=1", "--batch-size=95", "--steps=1")
     assert list(tmp_path.iterdir()) == []
+
+
+ENDED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {launch!r})
+import {program}
+
+{program}.main()
+print("left:", *sorted(task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("program", ["train", "accelerate_train"])
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(tmp_path, program):
+    """One that then frees its last message aborts the process, rarely: "terminate called without an active exception"."""
+    if program == "accelerate_train":
+        pytest.importorskip("accelerate")
+    (tmp_path / "program.py").write_text(ENDED.format(launch=str(LAUNCH), program=program))
+    where = {"PROGRAM": str(tmp_path / "program.py"), "PROCESSES": "1"}
+    printed = start(LAUNCH / "one_node.sh", *OPTIONS[:-1], "--steps=1", **where)
+    (left,) = re.findall("left: (.*)", printed)
+    assert "gloo" not in left
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "accelerate_train.py", "lightning_train.py", "agent.py"])
