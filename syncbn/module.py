@@ -37,6 +37,9 @@ ALL_RANKS = Binding(Group())
 # Wrappers that were warned about.
 _warned: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
+# The names of a layer in the contexts of `named` that it is in, by context, after the one that it had before.
+_names: weakref.WeakKeyDictionary[nn.Module, dict[object, str | None]] = weakref.WeakKeyDictionary()
+
 
 class _Synchronized(_BatchNorm):
     """The forward of every layer of ours, over any `_BatchNorm`."""
@@ -225,7 +228,7 @@ class SyncBatchNormReLU(SyncBatchNorm):
 def named(model: nn.Module) -> Iterator[dict[str, Any]]:
     """The layers of ours in a model by their paths in it, or in what it wraps, which messages and calls name them by inside.
 
-    A layer that is the model itself goes by its class.
+    A layer that is the model itself goes by its class. Such contexts may be left in another order than they were entered.
 
     Raises:
         ValueError: there is none.
@@ -236,17 +239,24 @@ def named(model: nn.Module) -> Iterator[dict[str, Any]]:
         raise ValueError(
             f"given a {type(inner).__name__} without layers of syncbn; expected some: call syncbn.convert(model) first"
         )
-    before = [(layer, vars(layer).get("_syncbn")) for layer in layers.values()]
+    context = object()
+    for path, layer in layers.items():
+        _names.setdefault(layer, {None: layer._syncbn.path})[context] = path
+        layer._syncbn = layer._syncbn._replace(path=path)
     try:
-        for path, layer in layers.items():
-            layer._syncbn = layer._syncbn._replace(path=path)
         yield layers
     finally:
-        for layer, binding in before:
-            if binding is None:
-                vars(layer).pop("_syncbn", None)
-            else:
-                layer._syncbn = binding
+        for layer in layers.values():
+            names = _names[layer]
+            *_, shown = names.values()
+            del names[context]
+            *_, path = names.values()
+            if len(names) == 1:
+                del _names[layer]
+            if isinstance(layer, _Synchronized) and layer._syncbn.path == shown:  # neither reverted nor converted inside
+                layer._syncbn = layer._syncbn._replace(path=path)
+                if layer._syncbn == ALL_RANKS:
+                    del layer._syncbn
 
 
 class _LikeTorch(_Synchronized):

@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import syncbn
 from syncbn import collectives
 from syncbn.checkpoint import Recording
+from syncbn.collectives import Group
+from syncbn.module import named
 
 
 class Noting:
@@ -62,3 +65,74 @@ def test_an_observer_entered_twice_is_there_until_it_is_left_twice():
     for context, there in zip(contexts, [(one, other), (one,), ()], strict=True):
         context.__exit__(None, None, None)
         assert sorted(map(id, collectives.observers())) == sorted(map(id, there))
+
+
+def overlapping():
+    """Models of one layer, which is 0.0.0, 0.0 and SyncBatchNorm2d in them and was "0" where it was converted."""
+    inner = syncbn.convert(nn.Sequential(nn.BatchNorm2d(3)))
+    return inner[0], [nn.Sequential(nn.Sequential(inner)), nn.Sequential(inner), inner[0]]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_a_layer_has_the_name_of_the_last_context_entered_and_not_left(order):
+    layer, models = overlapping()
+    before, names = layer._syncbn, ["0.0.0", "0.0", "SyncBatchNorm2d"]
+    contexts = [named(model) for model in models]
+    for context in contexts:
+        context.__enter__()
+    left = ["0", *names]
+    for index in order:
+        assert layer._syncbn_name() == left[-1]
+        contexts[index].__exit__(None, None, None)
+        left.remove(names[index])
+    assert layer._syncbn == before
+
+
+def test_a_name_given_twice_is_there_until_it_is_left_twice():
+    layer, (_, outer, alone) = overlapping()
+    contexts = [named(outer), named(alone), named(outer)]
+    for context in contexts:
+        context.__enter__()
+    for context, name in zip(contexts, ["0.0", "0.0", "0"], strict=True):
+        context.__exit__(None, None, None)
+        assert layer._syncbn_name() == name
+
+
+@pytest.mark.parametrize("contexts", [(syncbn.checked, syncbn.monitor), (syncbn.monitor, syncbn.checked)])
+def test_the_first_context_is_left_first(contexts):
+    layer, (_, outer, alone) = overlapping()
+    first, second = contexts[0](outer), contexts[1](alone)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert layer._syncbn_name() == "SyncBatchNorm2d"
+    second.__exit__(None, None, None)
+    assert layer._syncbn_name() == "0"
+
+
+def test_a_group_given_inside_is_kept():
+    layer, (_, outer, _) = overlapping()
+    with named(outer):
+        layer._syncbn = layer._syncbn._replace(group=Group(None, 2))
+        assert layer._syncbn_name() == "0.0"
+    assert layer._syncbn.group == Group(None, 2)
+    assert layer._syncbn_name() == "0"
+
+
+def test_what_is_converted_or_reverted_inside_is_left_as_that_made_it():
+    layer, (_, outer, _) = overlapping()
+    with named(outer):
+        syncbn.revert(outer)
+    assert type(layer) is nn.BatchNorm2d
+    assert "_syncbn" not in vars(layer)
+    syncbn.convert(outer)
+    with named(outer[0]):
+        syncbn.convert(nn.Sequential(outer), group_size=2)
+    assert layer._syncbn.group == Group(None, 2)
+
+
+def test_a_layer_made_as_ours_has_nothing_of_its_own_afterwards():
+    layer = syncbn.SyncBatchNorm(3)
+    with named(nn.Sequential(layer)):
+        assert layer._syncbn_name() == "0"
+    assert "_syncbn" not in vars(layer)
