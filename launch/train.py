@@ -51,9 +51,18 @@ def positive(text: str) -> float:
     return value
 
 
+def gpus_and_processes() -> tuple[int, int]:
+    """How many of each this machine has in the job."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def batch_norm(text: str) -> str:
-    if text == "torch" and not torch.cuda.is_available():
+    gpus, processes = gpus_and_processes()
+    if text == "torch" and gpus == 0:
         raise argparse.ArgumentTypeError("given 'torch' without a GPU; expected local or syncbn")
+    if text == "torch" and gpus < processes:
+        given = f"given 'torch' with {gpus} GPU{'s' * (gpus > 1)} for {processes} processes of this machine"
+        raise argparse.ArgumentTypeError(f"{given}; expected one for each, or local or syncbn")
     return text
 
 
@@ -119,13 +128,14 @@ def train(options: argparse.Namespace, place: Place) -> Progress:
 def start(timeout: float) -> Place:
     """Join the processes that torchrun started, or begin a job of one."""
     waiting = datetime.timedelta(seconds=timeout)
+    gpus, processes = gpus_and_processes()
     if "RANK" not in os.environ:
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", 0) if gpus else torch.device("cpu")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
         return Place(0, 1, device)
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    on_gpu = gpus >= processes
     if on_gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=waiting)

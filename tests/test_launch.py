@@ -344,6 +344,23 @@ def test_an_option_that_cannot_be_is_an_error_of_one_line(option, capsys, monkey
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {name}: {WRONG[option]}")
 
 
+def test_torchs_synchronized_batch_norm_needs_a_gpu_for_each_process(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus in (2, 3):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert train.arguments().parse_args(["--bn=torch"]).bn == "torch"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train.arguments().parse_args(["--bn=local"]).bn == "local"
+    with pytest.raises(SystemExit) as ended:
+        train.arguments().parse_args(["--bn=torch"])
+    assert ended.value.code == 2
+    expected = (
+        "argument --bn: given 'torch' with 1 GPU for 2 processes of this machine; expected one for each, or local or syncbn"
+    )
+    assert capsys.readouterr().err.splitlines()[-1].endswith(expected)
+
+
 class _Runs:
     def __reduce__(self):
         return len, ("",)
