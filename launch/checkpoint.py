@@ -84,7 +84,12 @@ class Checkpoint(NamedTuple):
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return f"truncated or not a checkpoint ({reason}). {ADVICE}"
         if not isinstance(state, dict) or set(state) != {"settings", "progress", "network", "optimizer"}:
-            return f"which another program wrote. {ADVICE}"
-        if state["settings"] != self.settings:
-            return f"of a run with {state['settings']}, where this one has {self.settings}. {ADVICE}"
-        return state
+            return difference(None, self.settings)
+        return difference(state["settings"], self.settings) or state
+
+
+def difference(found: dict[str, Any] | None, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a checkpoint of the settings found, which may be none, for a run with those expected."""
+    if found is None:
+        return f"which another program wrote. {ADVICE}"
+    return None if found == expected else f"of a run with {found}, where this one has {expected}. {ADVICE}"

@@ -3,30 +3,11 @@
 import data
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from train import arguments, network
+from lightning_module import Training
+from train import arguments
 
 from syncbn.lightning import SyncBatchNormPlugin
-
-
-class Training(pl.LightningModule):
-    def __init__(self, options, images: data.Images):
-        super().__init__()
-        torch.manual_seed(options.seed)
-        self.options, self.images, self.network = options, images, network(images.shape[0], images.classes)
-
-    def train_dataloader(self):
-        order = data.shuffled(data.split(len(self.images), (given := self.options).seed)[0], given.seed, self.current_epoch)
-        return data.Batches(self.images, order, given.batch_size, self.global_rank, self.trainer.world_size, 0, given.workers)
-
-    def training_step(self, batch, number):
-        x, labels, samples = batch  # this rank's share, and the samples of all ranks: see loop.py
-        return F.cross_entropy(self.network(x.to(self.dtype)), labels, reduction="sum") * self.trainer.world_size / samples
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.options.learning_rate, momentum=0.9)
-
 
 if __name__ == "__main__":
     options = arguments(for_lightning=True).parse_args()

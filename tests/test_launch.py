@@ -313,6 +313,13 @@ def test_a_run_does_not_go_on_with_other_settings(interrupted, tmp_path, option)
         alone("--checkpoint", tmp_path / "run.pt", option)
 
 
+def test_what_is_wrong_with_the_settings_of_a_checkpoint():
+    assert checkpoint.difference({"seed": 0}, {"seed": 0}) is None
+    assert checkpoint.difference(None, {"seed": 0}) == f"which another program wrote. {checkpoint.ADVICE}"
+    of_another = f"of a run with {{'seed': 1}}, where this one has {{'seed': 0}}. {checkpoint.ADVICE}"
+    assert checkpoint.difference({"seed": 1}, {"seed": 0}) == of_another
+
+
 def test_a_checkpoint_in_no_folder_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_step", None)
     with pytest.raises(checkpoint.CheckpointError, match=r"given .*none/run.pt, in a folder that is not there; expected one"):
@@ -539,6 +546,26 @@ def test_lightning_takes_no_option_that_it_would_not_follow(option):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment(), check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(rf"error: .*{option.split('=')[0]}", done.stderr)
+
+
+def test_lightning_does_not_go_on_with_other_settings(tmp_path):
+    pytest.importorskip("lightning")
+    path = tmp_path / "run.ckpt"
+    command = [sys.executable, LAUNCH / "lightning_train.py", "--batch-size=720", "--checkpoint", path]
+    start(*command, "--processes=1", "--epochs=1")
+    written = path.read_bytes()
+    options = ["--processes=2", "--epochs=2", "--seed=1"]
+    given = {"capture_output": True, "text": True, "timeout": 100, "check": False}
+    done = subprocess.run([*map(str, command), *options], env=environment(), **given)
+    assert done.returncode == 1, done.stdout + done.stderr
+    expected = (
+        r"^lightning_train.py: given \S+/run.ckpt, of a run with {'seed': 0, .*}, where this one has {'seed': 1, .*}\. The"
+    )
+    assert len(re.findall(expected, done.stderr, re.MULTILINE)) == 1, "rank 0 speaks"
+    assert "Traceback" not in done.stderr
+    assert path.read_bytes() == written
+    start(*command, "--processes=1", "--epochs=2")
+    assert torch.load(path, weights_only=False)["global_step"] == 4, "the same settings go on"
 
 
 def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path, monkeypatch):

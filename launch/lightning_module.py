@@ -1,0 +1,37 @@
+"""The network of launch/train.py and its steps as a LightningModule, for lightning_train.py."""
+
+import sys
+
+import data
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from checkpoint import difference
+from train import network, settings
+
+
+class Training(pl.LightningModule):
+    def __init__(self, options, images: data.Images):
+        super().__init__()
+        torch.manual_seed(options.seed)
+        self.options, self.images, self.network = options, images, network(images.shape[0], images.classes)
+        self.settings = settings(options, images)
+
+    def train_dataloader(self):
+        order = data.shuffled(data.split(len(self.images), (given := self.options).seed)[0], given.seed, self.current_epoch)
+        return data.Batches(self.images, order, given.batch_size, self.global_rank, self.trainer.world_size, 0, given.workers)
+
+    def training_step(self, batch, number):
+        x, labels, samples = batch  # this rank's share, and the samples of all ranks: see loop.py
+        return F.cross_entropy(self.network(x.to(self.dtype)), labels, reduction="sum") * self.trainer.world_size / samples
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.options.learning_rate, momentum=0.9)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["settings"] = self.settings
+
+    def on_load_checkpoint(self, checkpoint):
+        problem = difference(checkpoint.get("settings"), self.settings)
+        if problem is not None:
+            sys.exit(f"lightning_train.py: given {self.trainer.ckpt_path}, {problem}" if self.global_rank == 0 else 1)
