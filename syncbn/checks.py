@@ -27,11 +27,11 @@ def checked(model: nn.Module) -> Iterator[None]:
             for x, target in loader: ...
 
     Without it, ranks that run different programs stand still until the timeout, add up sums of different layers, or, on Gloo,
-    are ended by the backend when the sizes differ. Inside, layer, number of the call, phase, channels, dtype and group have to
-    agree; at the first difference every rank raises the same error at once: who is where. A rank that leaves the context, or
-    fails in it, tells the others at their next collective, or step of `even_steps` over the same ranks, and waits for it no
-    longer than the group's timeout. A rank that is gone or frozen is named when the backend notices, at the latest at the
-    timeout.
+    are ended by the backend when the sizes differ. Inside, layer, number of the call, phase, channels, dtype, values sent and
+    group have to agree; at the first difference every rank raises the same error at once: who is where. A rank that leaves the
+    context, or fails in it, tells the others at their next collective, or step of `even_steps` over the same ranks, and waits
+    for it no longer than the group's timeout. A rank that is gone or frozen is named when the backend notices, at the latest
+    at the timeout.
 
     What is compared is every collective of a layer of ours that runs inside, of whatever model: `model` gives the names, and
     the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All of these
@@ -84,7 +84,7 @@ class _Checks:
 
     def before(self, call: Call, local: Tensor) -> None:
         ranks = ranks_of(call.group)
-        where, what = f"in {call.layer} {call.phase}", f"{call.channels} channels, {call.dtype}"
+        where, what = f"in {call.layer} {call.phase}", f"{call.channels} channels, {call.dtype}, {local.numel()} values"
         details = f"{what}, group of ranks {', '.join(map(str, ranks))}"
         finite = bool(local.isfinite().all())
         rows = self._meet(f"{where} {what}", where, details, (len(ranks), digest(str(ranks)), finite), _complete)

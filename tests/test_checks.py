@@ -99,6 +99,18 @@ def recomputed(model, odd, rank):
     (checkpoint(model, x, use_reentrant=False) if odd else model(x)).sum().backward()
 
 
+def many(model, odd, rank):
+    """Backwards of two gradients at once, which reduce the moments once more, where the others have one gradient."""
+    x, rows = torch.ones(4, 3, requires_grad=True), torch.ones(2, 4, 3)
+    torch.autograd.grad(model(x), x, rows if odd else rows[0], is_grads_batched=odd)
+
+
+def more(model, odd, rank):
+    """Backwards of three gradients at once, where the others have two."""
+    x, rows = torch.ones(4, 3, requires_grad=True), torch.ones(3, 4, 3)
+    torch.autograd.grad(model(x), x, rows if odd else rows[:2], is_grads_batched=True)
+
+
 PAIRS = "group of ranks"
 # By program: what all ranks but the odd one say, and what that one does, in the message.
 PROGRAMS = {
@@ -106,16 +118,20 @@ PROGRAMS = {
     reordered: "call 1: rank 1 is in second.0 forward, ranks 0, 2 in first forward;",
     evaluated: "call 2: rank 1 is in first backward, ranks 0, 2 in second.0 forward;",
     more_steps: "call 9: rank 1 is in first forward, ranks 0, 2 out of the context;",
-    channels: "call 1: rank 1 is in 0 forward (5 channels, torch.float32, group of ranks 0, 1, 2), "
-    "ranks 0, 2 in 0 forward (3 channels, torch.float32, group of ranks 0, 1, 2);",
-    dtype: "call 1: rank 1 is in first forward (3 channels, torch.float64, group of ranks 0, 1, 2), "
-    "ranks 0, 2 in first forward (3 channels, torch.float32, group of ranks 0, 1, 2);",
-    grouped: "call 1: rank 1 is in first forward (3 channels, torch.float32, group of ranks 0, 1), "
-    "ranks 0, 2 in first forward (3 channels, torch.float32, group of ranks 0, 1, 2);",
+    channels: "call 1: rank 1 is in 0 forward (5 channels, torch.float32, 11 values, group of ranks 0, 1, 2), "
+    "ranks 0, 2 in 0 forward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2);",
+    dtype: "call 1: rank 1 is in first forward (3 channels, torch.float64, 7 values, group of ranks 0, 1, 2), "
+    "ranks 0, 2 in first forward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2);",
+    grouped: "call 1: rank 1 is in first forward (3 channels, torch.float32, 7 values, group of ranks 0, 1), "
+    "ranks 0, 2 in first forward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2);",
     raised: "call 5: rank 1 failed: ZeroDivisionError: of this rank, ranks 0, 2 in first forward;",
     unused: "call 3: rank 1 is in first backward, ranks 0, 2 in second.0 backward;",
     twice: "call 3: rank 1 is in first forward, ranks 0, 2 in second.0 backward;",
     recomputed: "call 3: rank 1 is in first recompute, ranks 0, 2 in second.0 backward;",
+    many: "call 3: rank 1 is in second.0 backward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2), "
+    "ranks 0, 2 in second.0 backward (3 channels, torch.float32, 6 values, group of ranks 0, 1, 2);",
+    more: "call 4: rank 1 is in second.0 backward (3 channels, torch.float32, 18 values, group of ranks 0, 1, 2), "
+    "ranks 0, 2 in second.0 backward (3 channels, torch.float32, 12 values, group of ranks 0, 1, 2);",
 }
 
 
@@ -156,6 +172,25 @@ def test_the_ranks_can_go_on_after_an_error(different):
     for found in different:
         assert found["observers"] == 0
         assert found["after"]
+
+
+def _unchecked(world):
+    """Rank 0 has two gradients at once, rank 1 one; then both go on. What each of them raised, if it is there yet."""
+    model = syncbn.convert(Net())
+    try:
+        many(model, world.rank == 0, world.rank)
+        model(torch.ones(4, 3))
+    except syncbn.CollectiveError:
+        return "CollectiveError"
+
+
+def test_without_the_context_numbers_of_gradients_that_differ_end_in_an_error_on_every_rank():
+    """By the next collective: Gloo may end a process, or give a rank a sum before it finds that it has no peer."""
+    try:
+        ended = worlds.run_fresh(2, _unchecked, timeout=30, group_timeout=5.0)
+    except worlds.CaseError as error:
+        ended = str(error)
+    assert ended == ["CollectiveError"] * 2 or "the process ended (exit code -6)" in ended
 
 
 class Counted:
