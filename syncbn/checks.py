@@ -33,6 +33,9 @@ def checked(model: nn.Module) -> Iterator[None]:
     for it no longer than the group's timeout. A rank that is gone or frozen is named when the backend notices, at the latest
     at the timeout.
 
+    A loop of `even_steps` over other ranks than those compared here has a channel of its own. A rank that waits there, for one
+    that is in a layer or has left or failed, hears of it at the timeout, and so does one that waits here for a rank in there.
+
     What is compared is every collective of a layer of ours that runs inside, of whatever model: `model` gives the names, and
     the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All of these
     enter and leave the context together. NaN or Inf in what a rank reduces is a warning, once, that names the rank and the

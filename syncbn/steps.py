@@ -47,7 +47,8 @@ def even_steps(
     The loader is read one batch ahead, and the counts of that batch travel while the step is computed. A loader that refills
     one buffer would overwrite the batch in hand: let it yield clones. An error of the loader is raised when its step comes, on
     all ranks. If the loop is left early, leave it on all ranks in the same step: the others wait for the rank that is gone
-    until the group's timeout, or raise once that rank begins another loop, or at once inside `syncbn.checked`.
+    until the group's timeout, or raise once that rank begins another loop, or at once inside `syncbn.checked`, if that compares
+    the ranks of this loop, no more and no fewer: otherwise they may wait here while that waits there, until the timeout.
 
     An empty batch has tensors of shape (0, *shape[1:]), of the dtype and on the device of the rank's own first batch; on a rank
     that had none, of another rank's, on the CPU: move batches to the device in the loop. Tensors without dimensions and what is

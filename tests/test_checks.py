@@ -1,5 +1,6 @@
 """Checked mode: ranks that differ all raise the same at once, and those that do not go on as ever."""
 
+import contextlib
 import time
 import warnings
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.collectives import Group
+from syncbn.collectives import Group, timeout
 from syncbn.control import side_group
 
 AT_ONCE = 6.0  # seconds, on a loaded machine; the groups' timeout is 30
@@ -311,6 +312,56 @@ def test_ranks_that_differ_in_a_loop_of_even_steps_all_raise_at_once(in_loops, e
             assert message.startswith(f"ranks differ: {IN_LOOPS[end]}, {others}")
         assert seconds < AT_ONCE
         assert found["after"] == [3 / 2, 3 / 1], "the ranks can go on"
+
+
+def _loop_over_more(world):
+    """Ranks 0 and 1 are compared, and step together with rank 2; rank 1 leaves the loop early."""
+    model = syncbn.convert(Net(), dist.new_group([0, 1]))
+    start = time.monotonic()
+    try:
+        with syncbn.checked(model) if world.rank < 2 else contextlib.nullcontext():
+            for number, (x, _) in enumerate(syncbn.even_steps([torch.ones(2, 3)] * 3)):
+                if world.rank < 2:
+                    model(x)
+                if world.rank == 1 and number == 1:
+                    break
+    except syncbn.CollectiveError as error:
+        return str(error), time.monotonic() - start
+
+
+def _loop_over_fewer(world):
+    """All ranks are compared, and ranks 0 and 1 step together, without a layer; rank 1 leaves the loop early."""
+    pair = dist.new_group([0, 1], timeout=timeout(dist.group.WORLD))
+    model = syncbn.convert(Net())
+    start = time.monotonic()
+    try:
+        with syncbn.checked(model):
+            if world.rank < 2:
+                for number, _ in enumerate(syncbn.even_steps([torch.ones(2, 3)] * 3, pair)):
+                    if world.rank == 1 and number == 1:
+                        break
+    except syncbn.CollectiveError as error:
+        return str(error), time.monotonic() - start
+
+
+OTHER_TIMEOUT = 4.0
+
+
+def test_ranks_that_step_with_compared_ones_hear_of_their_end_at_the_timeout():
+    """A loop over other ranks than those compared has a channel of its own."""
+    *compared, (waited, seconds) = worlds.run_fresh(3, _loop_over_more, group_timeout=OTHER_TIMEOUT)
+    for message, at_once in compared:
+        assert message.startswith("ranks differ at call 5: rank 0 is in first forward, rank 1 out of the context;")
+        assert at_once < OTHER_TIMEOUT
+    assert waited.startswith("no answer from ranks 0, 1, where rank 2 is in step 3 of loop 1 of even_steps: gone, frozen, or")
+    assert OTHER_TIMEOUT - 1 < seconds < OTHER_TIMEOUT + AT_ONCE
+
+
+def test_a_rank_that_waits_in_a_loop_over_fewer_than_are_compared_hears_of_their_end_at_the_timeout():
+    (waited, _), *others = results = worlds.run_fresh(3, _loop_over_fewer, group_timeout=OTHER_TIMEOUT)
+    assert waited.startswith("no answer from rank 1, where rank 0 is in step 3 of loop 1 of even_steps: gone, frozen, or")
+    assert all(" at call 1" in message and "out of the context" in message for message, _ in others)
+    assert all(OTHER_TIMEOUT - 1 < seconds < 2 * OTHER_TIMEOUT + AT_ONCE for _, seconds in results)
 
 
 def _not_finite(world, value, where):
