@@ -216,6 +216,25 @@ def test_the_experiment_under_torchrun(tmp_path):
     assert (tmp_path / "syncbn-growth.png").read_bytes().startswith(PNG)
 
 
+ENDED = """
+from pathlib import Path
+from syncbn.__main__ import main
+assert main(["analyze", "growth", "--quick", "--seeds", "0"]) == 0
+print("left:", *(task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(tmp_path):
+    """One that then frees its last message aborts the process, rarely."""
+    job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    pipes = {"capture_output": True, "text": True, "timeout": 100, "check": False}
+    done = subprocess.run([sys.executable, "-c", ENDED], env=os.environ | job, cwd=tmp_path, **pipes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gloo" not in done.stdout.partition("left: ")[2]
+    assert "left: python" in done.stdout
+
+
 def test_the_command_line_imports_no_package_of_the_experiments():
     code = "import sys, syncbn.__main__, syncbn.analysis; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

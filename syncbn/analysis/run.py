@@ -93,6 +93,8 @@ def job() -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
+    # Its functions, imported once there is a group, keep it, and Gloo's threads beyond its end.
+    importlib.import_module("torch.distributed.nn")
     torch.distributed.init_process_group("gloo")
     try:
         yield
