@@ -14,34 +14,38 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int | None) -> Exception | None:
     """What is wrong with the input, the vectors and the numbers, if anything."""
-    if x.dim() < 2:
-        return ValueError(f"given input of shape {tuple(x.shape)}; expected (N, C, *), 2 dimensions or more")
+    shape, device = x.shape, x.device
+    if len(shape) < 2:
+        return ValueError(f"given input of shape {tuple(shape)}; expected (N, C, *), 2 dimensions or more")
     if x.dtype not in FLOATING:
         return TypeError(f"given input of {x.dtype}; expected float16, bfloat16, float32 or float64")
     if affine.eps < 0:
         return ValueError(f"given eps={affine.eps}; expected 0 or more")
     if running is not None and not isinstance(running.momentum, (int, float, type(None))):
         return TypeError(f"given momentum={running.momentum!r}; expected a number, or None for the average of all batches")
-    mean, var = (None, None) if running is None else (running.mean, running.var)
-    expected, device = x.shape[1:2], x.device
+    mean, var = (None, None) if running is None else running[:2]
     for name, value in (("weight", affine.weight), ("bias", affine.bias), ("running_mean", mean), ("running_var", var)):
         if value is None:
             continue
-        if value.shape != expected:
+        if value.dim() != 1 or value.numel() != shape[1]:
             return ValueError(
-                f"given input of shape {tuple(x.shape)} and {name} of shape {tuple(value.shape)}; "
-                f"expected {name} of shape {tuple(expected)}, one value per channel"
+                f"given input of shape {tuple(shape)} and {name} of shape {tuple(value.shape)}; "
+                f"expected {name} of shape {tuple(shape[1:2])}, one value per channel"
             )
         if value.device != device:
             return ValueError(f"given input on {device} and {name} on {value.device}; expected one device")
         if value.dtype not in FLOATING:
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
         channels = None  # what a layer was made for, which its vectors may have been pruned from
-    if channels is not None and x.shape[1] != channels:
-        return ValueError(f"given input of shape {tuple(x.shape)}, {x.shape[1]} channels; expected {channels} channels")
-    if torch.compiler.is_compiling():
-        return None
-    if running is not None and _batches(x) > _batches(running.mean):
+    if channels is not None and shape[1] != channels:
+        return ValueError(f"given input of shape {tuple(shape)}, {shape[1]} channels; expected {channels} channels")
+    return None
+
+
+def eager_problem(x: Tensor, running: Running | None) -> Exception | None:
+    """What is wrong with where the values are, which a trace does not know, if anything."""
+    batches = _batches(x)
+    if batches and running is not None and batches > _batches(running.mean):
         return ValueError(
             "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
             "expected eval mode, or track_running_stats=False"

@@ -39,7 +39,7 @@ class Group:
     `deepcopy` shares a group; `pickle` keeps None and sizes and raises TypeError for what lives in one process only.
     """
 
-    __slots__ = ("group_size", "process_group")
+    __slots__ = ("_known", "group_size", "process_group")
 
     def __init__(self, process_group: GroupLike = None, group_size: int | None = None):
         """
@@ -69,6 +69,7 @@ class Group:
             )
         self.process_group = process_group
         self.group_size = group_size
+        self._known = process_group if isinstance(process_group, ProcessGroup) else None  # to ask for its class takes long
 
     def resolve(self) -> ProcessGroup | None:
         """The ProcessGroup, or None where this process is alone: no distributed job, or groups of one rank.
@@ -76,18 +77,21 @@ class Group:
         Raises:
             ValueError: this rank is outside of the group, or the world size is not a multiple of the group size.
         """
+        if self._known is not None:
+            return self._known
         group: Any = self.process_group
-        if isinstance(group, ProcessGroup):
-            return group
         if group is None:
-            if not dist.is_initialized():
-                return None
-            return dist.group.WORLD if self.group_size is None else _group_of_size(self.group_size)
+            world = dist.group.WORLD
+            return world if world is None or self.group_size is None else _group_of_size(self.group_size)
         if isinstance(group, DeviceMesh) and group.get_coordinate() is not None:
             return group.get_group()
         raise ValueError(
             "given a process group that this rank is not in; expected one that holds every rank on which the layer trains"
         )
+
+    def is_everyone(self) -> bool:
+        """Whether it is all processes, whatever their number."""
+        return self.process_group is None and self.group_size is None
 
     def size(self) -> int:
         """The number of processes that share statistics with this one, itself included."""
@@ -167,6 +171,10 @@ class Call(NamedTuple):
     sums: bool = True  # the message is [S1, S2, n] or [G1, G2]; False: a derivative of them
     forward: Any = None  # the function.Forward it belongs to, if it was observed; None for what is no layer's
 
+    def backward(self) -> "Call":
+        """That of the same layer's backward."""
+        return Call(self.layer, "backward", self.channels, self.dtype, self.group, self.sums, self.forward)
+
 
 class Observer(Protocol):
     """Sees each collective of each layer run inside `observe`. Messages are not to be written to."""
@@ -186,17 +194,18 @@ class Reduced(NamedTuple):
 
 # The observer of a group: it sees all its calls, in any thread and in a backward too, and goes when nobody else holds it.
 watchers: weakref.WeakValueDictionary[ProcessGroup | None, Observer] = weakref.WeakValueDictionary()
+_watched: dict[Any, Any] = vars(watchers)["data"]  # what it holds: to see that it is empty needs no call
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
 
 
 def observers() -> tuple[Observer, ...]:
-    """The observers of this context; none in compiled code. A backward uses its forward's: it may run in another thread."""
-    return () if torch.compiler.is_compiling() else _observers.get()
+    """The observers of this context; compiled code has none. A backward uses its forward's: it may run in another thread."""
+    return _observers.get()
 
 
 def observed(group: ProcessGroup | None) -> bool:
     """Whether anyone sees a call over the group that starts now."""
-    return not torch.compiler.is_compiling() and bool(_observers.get() or group in watchers)
+    return bool(_observers.get()) or (bool(_watched) and group in watchers)
 
 
 def observe(observer: Observer) -> AbstractContextManager[None]:
@@ -239,9 +248,13 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
     Raises:
         CollectiveError: the backend raised; the others of the group raise too, or wait until its timeout.
     """
-    recordings = _recordings.get() if call.phase != "backward" else ()
-    if not recordings:
-        return _observed_all_reduce(message, call, observers)
+    if call.phase != "backward" and _recordings.get():
+        return _recorded_all_reduce(message, call, observers)
+    return _observed_all_reduce(message, call, observers)
+
+
+def _recorded_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
+    recordings = _recordings.get()
     given = (recording.take(call, message.numel()) for recording in recordings)
     known = next((taken for taken in given if taken is not None), None)
     reduced = _observed_all_reduce(message, call, observers) if known is None else Reduced(known, True)
@@ -251,7 +264,7 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
 
 
 def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
-    watcher = watchers.get(call.group)
+    watcher = watchers.get(call.group) if _watched else None
     if watcher is not None:
         observers = (*observers, watcher)
     if not observers:

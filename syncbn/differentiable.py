@@ -87,7 +87,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, _, message, ctx.eps, relu, call = inputs
         ctx.save_for_backward(x, weight, message, output if relu else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = call._replace(phase="backward")
+        ctx.call = call.backward()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,7 +130,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept = grad.shape[-1] - ctx.constants
-        reduced = all_reduce(grad.narrow(-1, 0, kept), ctx.call._replace(phase="backward", sums=False), ctx.watch)
+        reduced = all_reduce(grad.narrow(-1, 0, kept), ctx.call.backward()._replace(sums=False), ctx.watch)
         return torch.cat([reduced, torch.zeros_like(grad.narrow(-1, kept, ctx.constants))], -1), None, None, None
 
     @staticmethod

@@ -14,9 +14,19 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import collectives, differentiable, equations, kernels
-from .arguments import as_number, mask_problem, problem_of, residual_problem, where
-from .collectives import Call, Group, GroupLike
+from .arguments import as_number, eager_problem, mask_problem, problem_of, residual_problem, where
+from .collectives import Call, Group, GroupLike, Observer
 from .kernels import Affine, Running, Saved
+
+
+class Rest(NamedTuple):
+    """What a forward needs beside what autograd has to see, each of which costs it time."""
+
+    affine: Affine  # with weight, bias and residual once more
+    running: Running | None  # buffers to move
+    call: Call  # of the forward collective
+    observers: tuple[Observer, ...]
+    mask: Tensor | None  # (N, 1, *) what counts; x is finite elsewhere
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -25,56 +35,60 @@ class _SyncBatchNorm(torch.autograd.Function):
     Differentiable again: with create_graph=True backward goes by the equations, and so do many gradients at once.
     """
 
+    @classmethod
+    def apply(cls, x: Tensor, *others: Any) -> Any:
+        """As Function's, without its search for transforms: `_normalize` looked for them, here is what one may have left."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return super().apply(x, *others)
+        return super(torch.autograd.Function, cls).apply(x, *others)  # type: ignore[misc]
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # (N, C, *)
         weight: Tensor | None,  # (C,)
         bias: Tensor | None,  # (C,)
-        eps: float,
-        relu: bool,
         residual: Tensor | None,  # (N, C, *)
-        running: Running | None,  # buffers to move
-        call: Call,  # of the forward collective
-        mask: Tensor | None,  # (N, 1, *) what counts; x is finite elsewhere
+        rest: "Rest",
     ) -> Tensor:
-        compute, observers = kernels.pick(x), collectives.observers()
+        affine, running, call, observers, mask = rest
+        compute = kernels.pick(x)
         local = compute.moments(x) if mask is None else equations.moments(x, mask)
         message, hold = collectives.all_reduce(local, call, observers)
-        y, saved = compute.normalize(x, message, Affine(weight, bias, eps, relu, residual), None if hold else running)
-        ctx.save_for_backward(x, *saved[:-1], mask)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps, ctx.relu, ctx.call, ctx.observers = eps, relu, call, observers
+        y, saved = compute.normalize(x, message, affine, None if hold else running)
+        statistics, weight, saved_bias, saved_y, relu = saved
+        ctx.save_for_backward(x, statistics, weight, saved_bias, saved_y, mask)
+        ctx.rest = relu, affine.eps, None if bias is None else bias.dtype, call, observers
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, y, mask = ctx.saved_tensors
-        saved = Saved(statistics, weight, bias, y, ctx.relu)
-        call = Call(ctx.call.layer, "backward", *ctx.call[2:])
+        relu, eps, bias_dtype, forward, observers = ctx.rest
+        saved, call = Saved(statistics, weight, bias, y, relu), forward.backward()
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled() or differentiable.batched(dy):  # create_graph=True, or is_grads_batched=True
-            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, ctx.eps, call, mask)
+            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, eps, call, mask)
         else:
             compute = kernels.pick(x)
             sums = compute.gradient_sums(dy, x, saved)
             # Issued whether this rank needs dx or not: the others may.
-            message = collectives.all_reduce(sums.message, call, ctx.observers).message
+            message, _ = collectives.all_reduce(sums.message, call, observers)
             _, dweight, dbias, dresidual = sums
             passed = dy if dresidual is None else dresidual
             dx = compute.input_gradient(passed, x, saved, message) if ctx.needs_input_grad[0] else None
         return (
             dx if ctx.needs_input_grad[0] else None,
-            None if saved.weight is None else dweight.to(saved.weight.dtype),
-            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            None,
-            None,
-            dresidual if ctx.needs_input_grad[5] else None,
-            None,
-            None,
+            None if weight is None else _as(dweight, weight.dtype),
+            None if bias_dtype is None else _as(dbias, bias_dtype),
+            dresidual if ctx.needs_input_grad[3] else None,
             None,
         )
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else value.to(dtype)  # the operator looks for longer
 
 
 def sync_batch_norm(
@@ -163,35 +177,40 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         group = site.group.resolve()
     except ValueError as error:
         raise ValueError(f"{error} ({where(site.layer)})") from None
-    recomputing = in_backward()
-    alone = group is None or group.size() == 1
+    compiling = torch.compiler.is_compiling()
+    recomputing, observers = (False, ()) if compiling else (in_backward(), collectives.observers())
     problem = residual_problem(x, affine.residual)  # torch's operators would broadcast it
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    if alone and mask is None and not site.force_sync and not collectives.observers() and not _has_kernels(x, affine):
+    alone = group is None or group.size() == 1
+    if alone and mask is None and not site.force_sync and not observers and not _has_kernels(x, affine):
         return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None
     elif running is not None and not isinstance(running.momentum, float):
         running = running._replace(momentum=as_number(running.momentum))
     problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
+    if problem is None and not compiling:
+        problem = eager_problem(x, running)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    forward = Forward(site.module) if collectives.observed(group) else None
+    forward = None if compiling or not collectives.observed(group) else Forward(site.module)
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
-    return _normalize(x, affine, running, call, None) if mask is None else _masked(x, affine, running, call, mask)
+    rest = Rest(affine, running, call, observers, None)
+    return _normalize(x, rest) if mask is None else _masked(x, rest, mask)
 
 
-def _normalize(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
+def _normalize(x: Tensor, rest: Rest) -> Tensor:
+    affine, running, call, _, mask = rest
     if differentiable.wanted():
         return _strided_as(x, differentiable.batch_norm(x, affine, running, call, mask))
-    return _SyncBatchNorm.apply(x, *affine, running, call, mask)
+    return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.residual, rest)
 
 
-def _masked(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor) -> Tensor:
+def _masked(x: Tensor, rest: Rest, mask: Tensor) -> Tensor:
     """y and dx are 0 where the mask (N, *) or (N, 1, *) is false, whatever x is there."""
     mask = _broadcast(mask, x)
-    y = torch.where(mask, _normalize(torch.where(mask, x, 0), affine, running, call, mask), 0)
+    y = torch.where(mask, _normalize(torch.where(mask, x, 0), rest._replace(mask=mask)), 0)
     return _strided_as(x, y)
 
 
@@ -207,8 +226,11 @@ def _has_kernels(x: Tensor, affine: Affine) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether a backward is running: a forward inside it recomputes one that has moved the running statistics already."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether a backward is running: a forward inside it recomputes one that has moved the running statistics already.
+
+    Compiled code cannot tell.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def _spare(running: Running | None) -> Running | None:
@@ -264,7 +286,9 @@ def local(
         return _activated(F.batch_norm(x, mean, var, affine.weight, affine.bias, by_batch, 0.0, affine.eps), affine)
     mask = _broadcast(mask, x)
     if by_batch:
-        return _masked(x, affine, None, Call(layer, "forward", x.shape[1], x.dtype, None), mask)
+        call = Call(layer, "forward", x.shape[1], x.dtype, None)
+        observers = () if torch.compiler.is_compiling() else collectives.observers()
+        return _masked(x, Rest(affine, None, call, observers, None), mask)
     y = F.batch_norm(torch.where(mask, x, 0), mean, var, affine.weight, affine.bias, False, 0.0, affine.eps)
     return torch.where(mask, _activated(y, affine), 0)
 

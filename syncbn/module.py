@@ -33,6 +33,7 @@ class Binding(NamedTuple):
 
 
 ALL_RANKS = Binding(Group())
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 # Wrappers that were warned about.
 _warned: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
@@ -46,6 +47,11 @@ class _Synchronized(_BatchNorm):
 
     _syncbn: Binding = ALL_RANKS
     _force_sync: bool = False  # take the synchronized path in a process that is alone too: for tests and benchmarks
+    _syncbn_are_kept: bool = True  # whether no class attribute stands before the tensors of a layer
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._syncbn_are_kept = not any(hasattr(cls, name) for name in TENSORS)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -81,14 +87,14 @@ class _Synchronized(_BatchNorm):
         if eps < 0:
             raise ValueError(f"given eps={eps} for {type(self).__name__}({num_features}); expected 0 or more")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **factory)
-        if group != ALL_RANKS.group:
+        if not group.is_everyone():
             self._syncbn = Binding(group)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """y of `input` (N, C, *): where `mask`, (N, *) or (N, 1, *) bool, is true, and 0 elsewhere; see `sync_batch_norm`."""
-        return self._syncbn_forward(input, Affine(self.weight, self.bias, self.eps), mask)
+        return self._syncbn_forward(input, False, None, mask)
 
-    def _syncbn_forward(self, input: Tensor, affine: Affine, mask: Tensor | None) -> Tensor:
+    def _syncbn_forward(self, input: Tensor, relu: bool, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         try:
             self._check_input_dim(input)
         except torch.fx.proxy.TraceError as error:
@@ -96,16 +102,26 @@ class _Synchronized(_BatchNorm):
             raise type(error)(f"{error}: {todo} ({where(self._syncbn_name())})") from None
         except ValueError as error:
             raise ValueError(f"{error} ({where(self._syncbn_name())})") from None
-        mean, var = self.running_mean, self.running_var
+        weight, bias, mean, var, counted = self._syncbn_tensors()
+        affine = Affine(weight, bias, self.eps, relu, residual)
         if not self.training:
             return local(input, mean, var, affine, mean is None and var is None, mask, self._syncbn_name())
         running = None
         if self.track_running_stats and mean is not None and var is not None:
-            if self._syncbn is not ALL_RANKS and self._syncbn.group != ALL_RANKS.group and not torch.compiler.is_compiling():
+            if not (self._syncbn.group.is_everyone() or torch.compiler.is_compiling()):
                 self._syncbn_warn_if_broadcast()
-            uncounted = self.momentum is None and self.num_batches_tracked is None
-            running = Running(mean, var, self.num_batches_tracked, 0.0 if uncounted else self.momentum)
+            running = Running(mean, var, counted, 0.0 if self.momentum is None and counted is None else self.momentum)
         return self._syncbn_train(input, affine, running, mask)
+
+    def _syncbn_tensors(self) -> tuple[Any, ...]:
+        """Those of TENSORS, from where torch.nn.Module keeps them: its __getattr__, for what is elsewhere, takes far longer."""
+        p, b = self._parameters, self._buffers
+        if self._syncbn_are_kept:
+            try:
+                return p["weight"], p["bias"], b["running_mean"], b["running_var"], b["num_batches_tracked"]
+            except KeyError:  # a parametrization
+                pass
+        return tuple(getattr(self, name) for name in TENSORS)
 
     def _syncbn_train(self, input: Tensor, affine: Affine, running: Running | None, mask: Tensor | None) -> Tensor:
         return train(input, affine, running, self._syncbn_site(), mask)
@@ -139,7 +155,7 @@ class _Synchronized(_BatchNorm):
 
     def extra_repr(self) -> str:
         group = self._syncbn.group
-        return super().extra_repr() + ("" if group == ALL_RANKS.group else f", {group!r}")
+        return super().extra_repr() + ("" if group.is_everyone() else f", {group!r}")
 
 
 class SyncBatchNorm(_Synchronized):
@@ -221,7 +237,7 @@ class SyncBatchNormReLU(SyncBatchNorm):
         Raises:
             ValueError, TypeError: a residual of another shape, device or dtype; those of `sync_batch_norm`.
         """
-        return self._syncbn_forward(input, Affine(self.weight, self.bias, self.eps, True, residual), mask)
+        return self._syncbn_forward(input, True, residual, mask)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ class _Redirected(_ByOrigin):
         layer: Any = self
         if not layer.training:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if in_backward() and layer.num_batches_tracked is not None:
+        if not torch.compiler.is_compiling() and in_backward() and layer.num_batches_tracked is not None:
             with _uncounted(layer):
                 return self._syncbn_redirected(*args, **kwargs)
         return self._syncbn_redirected(*args, **kwargs)

@@ -268,6 +268,18 @@ def test_transforms_in_training_in_one_process(name):
     assert_near(TRANSFORMS[name](forced(), x, t), TRANSFORMS[name](layer(), x, t), name)
 
 
+def test_what_a_transform_has_left_behind_is_an_input_as_any_other():
+    left = []
+
+    def twice(x):
+        left.append(2 * x)
+        return left[0].sum()
+
+    torch.func.grad(twice)(torch.randn(3, C, 2, 1, dtype=torch.float64))
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
+    assert_near(forced()(left[0]), layer()(left[0]), "y")
+
+
 def _transforms(world, name):
     """Cotangents and tangents of all ranks together are those of the whole batch; jacobians of this rank's y by its own x."""
     x, t = (inputs(world.size, "unequal", seed, False)[world.rank] for seed in (0, 1))
@@ -418,6 +430,7 @@ def test_vmap_of_gradients_names_statistics_that_many_batches_would_move():
 
 def test_the_private_torch_names_of_this_path_are_there():
     assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch._C._functorch.is_functorch_wrapped_tensor(torch.ones(1)) is False
     assert forward_ad._current_level == -1
     assert torch._C._current_graph_task_id() == -1
 

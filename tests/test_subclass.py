@@ -156,6 +156,20 @@ class Ghost(nn.BatchNorm2d):
         return F.batch_norm(halves, None, None, self.weight.repeat(2), self.bias.repeat(2), self.training).view_as(x)
 
 
+class Positive(nn.BatchNorm2d):
+    """What it is scaled by is not what is kept under the same name."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self._parameters["weight"].data.fill_(-2)
+
+    @property
+    def weight(self):
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        return self._parameters["weight"].abs() + 1
+
+
 class WithKeywords(nn.BatchNorm2d):
     def __init_subclass__(cls, registry, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -454,7 +468,7 @@ def test_layers_in_two_parents_and_twice_in_one_stay_one_layer():
     assert type(shared) is Activated
 
 
-@pytest.mark.parametrize("made", [Cluttered, Ghost])
+@pytest.mark.parametrize("made", [Cluttered, Ghost, Positive])
 def test_what_a_class_has_of_its_own_works_where_batches_are_synchronized(made):
     x = torch.randn(4, C, 2, 3)
     expected = made(C)(x)

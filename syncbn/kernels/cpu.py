@@ -22,7 +22,7 @@ from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor has it
-NOTHING = [0, 0, 0, 0]  # two vectors that are not there
+NONE = (0, 0)  # a vector that is not there
 FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 
 # What cpu.c calls a Call, and what each function reads of it.
@@ -73,19 +73,21 @@ def takes(x: Tensor) -> bool:
 
 def _shape(x: Tensor) -> tuple[int, int, int, int, int]:
     """N, C, S of the memory of x, its dtype, and how many threads there are for it."""
-    return *planes(x), DTYPES[x.dtype], torch.get_num_threads()
+    n, c, s = planes(x)
+    return n, c, s, DTYPES[x.dtype], torch.get_num_threads()
 
 
 def _vectors(*values: Tensor | None) -> list[int] | None:
     """Address and dtype of (C,) tensors, zeros for none; None if there is one that the library cannot read."""
-    found = []
+    found: list[int] = []
     for value in values:
         if value is None:
-            found += [0, 0]
-        elif value.dtype in DTYPES and is_plain(value) and value.is_contiguous():
-            found += [value.data_ptr(), DTYPES[value.dtype]]
-        else:
+            found += NONE
+            continue
+        dtype = DTYPES.get(value.dtype)
+        if dtype is None or not is_plain(value) or not value.is_contiguous():
             return None
+        found += value.data_ptr(), dtype
     return found
 
 
@@ -141,7 +143,7 @@ def _normalize_apart(x: Tensor, message: Tensor, affine: Affine, running: Runnin
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     statistics, weight, bias, y, relu = saved
-    vectors = _vectors(weight, bias) if relu and y is None else NOTHING  # by which the ReLU of x is known
+    vectors = _vectors(weight, bias) if relu and y is None else (*NONE, *NONE)  # by which the ReLU of x is known
     if vectors is None:
         return aten.gradient_sums(dy, x, saved)
     dtype = torch.float32 if weight is not None and torch.float64 not in (weight.dtype, x.dtype) else torch.float64

@@ -29,13 +29,16 @@ def is_channels_last(x: Tensor) -> bool:
 
 def planes(x: Tensor) -> tuple[int, int, int]:
     """(N, C, S) of the memory of x, contiguous or channels_last; S = 1 where channels are the contiguous dimension."""
-    n, c, *space = x.shape
-    s = math.prod(space)
-    return (n, c, s) if s == 1 or x.is_contiguous() else (n * s, c, 1)
+    shape, values = x.shape, x.numel()
+    n, c = shape[0], shape[1]
+    if not values:
+        return n, c, math.prod(shape[2:])
+    return (n, c, values // (n * c)) if x.is_contiguous() else (values // c, c, 1)
 
 
 def like(dy: Tensor, x: Tensor) -> Tensor:
     """dy as x lies in memory."""
-    if dy.stride() == x.stride() and dy.dtype == x.dtype and is_plain(dy) and not dy._is_zerotensor():
+    lies = dy.is_contiguous() if x.is_contiguous() else dy.stride() == x.stride()
+    if lies and dy.dtype == x.dtype and is_plain(dy) and not dy._is_zerotensor():
         return dy
     return torch.empty_like(x).copy_(dy)
