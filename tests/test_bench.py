@@ -18,7 +18,8 @@ from unittest import mock
 import pytest
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNormReLU, collectives
 from syncbn.__main__ import main
@@ -305,13 +306,13 @@ def test_the_reference_is_batch_norm():
 def test_layer(tmp_path, capsys, monkeypatch):
     """Traced, but not compiled: that takes half a minute where nothing is cached, and test_compile does it."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    variants = ["plain", "syncbn-aten", "torch-sync", "syncbn-inductor"]
+    variants = ["plain", "memory", "syncbn-aten", "torch-sync", "syncbn-inductor"]
     command = [*LAYER, "--variants", *variants, "--results", str(tmp_path)]
     assert main(command) == 0
     printed, errors = capsys.readouterr()
     assert "torch-sync (the operators of torch.nn.SyncBatchNorm) is skipped: torch.nn.SyncBatchNorm has no CPU" in errors
     found = read(tmp_path / "layer.csv")
-    assert [row["variant"] for row in found] == ["torch", "plain", "syncbn-aten", "syncbn-inductor"]
+    assert [row["variant"] for row in found] == ["torch", "plain", "syncbn-aten", "syncbn-inductor", "memory"]
     for row in found:
         times = [float(row[f"microseconds_{part}"]) for part in ("lower_quartile", "median", "upper_quartile")]
         assert 0 < times[0] <= times[1] <= times[2]
@@ -320,6 +321,31 @@ def test_layer(tmp_path, capsys, monkeypatch):
     assert float(found[0]["ratio"]) == float(found[0]["peak_over_torch"]) == 1
     assert "over torch" in printed
     assert printed.endswith("layer.csv\n")
+
+
+class Traffic(TorchDispatchMode):
+    """Values that the operators inside read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = self.written = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.read += sum(value.numel() for value in arguments if isinstance(value, Tensor))
+        self.written += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_passes_over_memory_are_those_of_batch_norm(memory_format):
+    """x twice and y, x and dy twice and dx; three sums are a value each."""
+    x, dy = (torch.randn(2, 3, 4, 5).to(memory_format=memory_format) for _ in range(2))
+    run = peers.memory_passes(x.requires_grad_(), dy)
+    with Traffic() as traffic:
+        run()
+    assert (traffic.read, traffic.written) == (6 * x.numel(), 2 * x.numel() + 3)
+    assert sum(peers.PASSES) == 8
 
 
 def test_accuracy(tmp_path, capsys):
@@ -636,6 +662,12 @@ def test_what_no_case_has_is_a_usage_error(arguments, told, tmp_path, capsys):
     assert main(["bench", *arguments.split(), "--results", str(tmp_path)]) == 2
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_memory_takes_is_measured_on_the_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["bench", "layer", "--device", "cuda", "--variants", "memory", "--results", str(tmp_path)]) == 2
+    assert "given --variants memory and --device cuda; expected cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [LAYER, ACCURACY, STEP, SCALING, ["bench", "fused", *ONE_CASE]])

@@ -17,6 +17,7 @@ COLORS = {
     "torch-sync": "#8a5a00",
     "plain": "#d1495b",
     "plain-inductor": "#eda29b",
+    "memory": "#bbbbbb",
 }
 DTYPE_COLORS = {"float32": "#00618a", "bfloat16": "#e09f3e", "float16": "#7b2d8b"}
 NAMES = {
@@ -27,6 +28,7 @@ NAMES = {
     "torch-sync": "operators of nn.SyncBatchNorm",
     "plain": "plain autograd layer",
     "plain-inductor": "plain, torch.compile",
+    "memory": "as many passes over memory",
 }
 GROUPS = {
     "contiguous": ["contiguous"],

@@ -4,7 +4,8 @@ Requirements
     - ours synchronizes with itself: its whole path but the collective;
     - all variants of a case run in turn, in one process, on the same values; every one of them passed the equality check;
     - freed memory is kept, so that page faults fall on none of them;
-    - a variant that cannot run here is named with the reason.
+    - a variant that cannot run here is named with the reason;
+    - beside them what the memory takes alone, which is no batch norm and has no check to pass.
 
 On a GPU other things count, and other columns: layer_cuda.py.
 """
@@ -22,8 +23,9 @@ from ..doctor.finding import table
 from . import agreement, check, layer_cuda, peers, rows
 from .cases import Case, chosen
 from .memory import keep_heap, peak
-from .peers import PEERS, TORCH, outputs_of, runnable
+from .peers import MEMORY, PEERS, TORCH, outputs_of, runnable
 from .rows import Row
+from .run import UsageError
 from .timing import columns, geometric_mean, interleaved
 
 KEYS = ("variant", "dtype", "layout", "threads")
@@ -31,10 +33,13 @@ KEYS = ("variant", "dtype", "layout", "threads")
 
 def run(options: argparse.Namespace) -> int:
     """Measure every case, then append the rows or compare them with those recorded; the exit status."""
+    asked = options.variants or [*PEERS, MEMORY]
     if options.device == "cuda":
+        if options.variants and MEMORY in asked:
+            raise UsageError(f"given --variants {MEMORY} and --device cuda; expected cpu: a GPU's passes stand beside a copy")
         return layer_cuda.run(options)
     device = torch.device(options.device)
-    variants = runnable(options.variants or list(PEERS), device)
+    variants = runnable([name for name in asked if name != MEMORY], device) + [MEMORY] * (MEMORY in asked)
     measured: list[Row] = []
     heap = "kept" if keep_heap() else "as it is"
     before = torch.get_num_threads()
@@ -61,11 +66,14 @@ def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.dev
     """
     theirs = case.layer().to(device)
     x, dy = (tensor.to(device) for tensor in case.tensors())
-    names = [name for name in variants if case.by_compiler or not PEERS[name].compiled]
+    names = [name for name in variants if name == MEMORY or case.by_compiler or not PEERS[name].compiled]
     torch._dynamo.reset()
     wanted = agreement.expected(theirs, x, dy)
     steps = {}
     for name in names:
+        if name == MEMORY:
+            steps[name] = peers.memory_passes(x, dy)
+            continue
         told = f"{name}, {case.dtype}, {case.layout}, {case.name}".replace("torch.", "")
         agreement.require(told, functools.partial(outputs_of, name, x, dy), theirs, wanted, case.dtype)
         steps[name] = step(name, theirs, x, dy)

@@ -98,7 +98,8 @@ def _cases(parser: argparse.ArgumentParser) -> None:
 def _layer(kinds: Subcommands) -> argparse.ArgumentParser:
     parser = _parser(kinds, "layer", "forward and backward of one layer on one process, over torch's local batch norm")
     _cases(parser)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="beside torch's own; default: all that fit the device")
+    choices = (*VARIANTS, "memory")  # the last: as many passes over it, with next to nothing computed
+    parser.add_argument("--variants", nargs="+", choices=choices, help="beside torch's own; default: all that fit the device")
     parser.add_argument("--check", action="store_true", help="append nothing; compare with the rows of this hardware and torch")
     return parser
 
