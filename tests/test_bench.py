@@ -664,6 +664,12 @@ def test_what_no_case_has_is_a_usage_error(arguments, told, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_memory_takes_is_measured_in_float32():
+    for dtype in (torch.float32, torch.bfloat16):
+        found = layer.measure(cases.Case("rows", (256, 64), dtype, 1), ["torch", "memory"], 2, CPU)
+        assert [row["variant"] for row in found] == ["torch", "memory"][: 1 + (dtype == torch.float32)]
+
+
 def test_what_the_memory_takes_is_measured_on_the_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["bench", "layer", "--device", "cuda", "--variants", "memory", "--results", str(tmp_path)]) == 2

@@ -27,7 +27,7 @@ from . import agreement, sync_operators
 
 TORCH = "torch"  # the name of the base of all ratios
 TORCH_SYNC = "torch-sync"  # that of the second base, on GPUs
-MEMORY = "memory"  # no peer, but what the memory allows one on a CPU: see `memory_passes`
+MEMORY = "memory"  # no peer, but what the memory allows one in float32 on a CPU: see `memory_passes`
 PASSES = (3, 5)  # over the tensor, at least, forward and backward: x twice and y; dy and x twice and dx
 
 
