@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import syncbn
-from syncbn import collectives
+from syncbn import collectives, observing
 from syncbn.bench import namespaces, processes, rows, step
 from syncbn.bench.network import data_parallel
 from syncbn.bench.timing import Quartiles, order, quartiles, ratio
@@ -91,7 +91,7 @@ def steps(rank: int, world_size: int, images: int, layers: int, linear: int, hid
 
     def run(model: nn.Module) -> None:
         model.zero_grad(set_to_none=False)
-        with collectives.observe(watch):
+        with observing.observe(watch):
             y = model(x[mine])
         F.cross_entropy(y, target[mine]).backward()
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import collectives, equations
-from .collectives import Call
+from . import equations, observing
 from .kernels import Running, move
 from .module import _Synchronized
+from .observing import Call
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ class Calls:
         Raises:
             ValueError: one of the layers is watched already.
         """
-        others = {layer for one in collectives.observers() if isinstance(one, Calls) for layer in one.layers}
+        others = {layer for one in observing.observers() if isinstance(one, Calls) for layer in one.layers}
         if others.intersection(self.layers):
             raise ValueError(
                 "given a model whose statistics are being accumulated already; expected no accumulate_statistics or "
@@ -98,7 +98,7 @@ class Calls:
             for layer in self.layers:
                 hooks.append(layer.register_forward_pre_hook(self._enter, prepend=True))
                 hooks.append(layer.register_forward_hook(self._leave, always_call=True))
-            with collectives.observe(self):
+            with observing.observe(self):
                 yield
         finally:
             for hook in hooks:
@@ -124,12 +124,12 @@ class Calls:
         return self.inside[-1] if call.phase == "forward" and self.inside else None
 
     def _enter(self, layer: nn.Module, args: Any) -> None:
-        if self in collectives.observers():
+        if self in observing.observers():
             self.entered.add(layer)
             self.inside.append(layer)
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        if self in collectives.observers():
+        if self in observing.observers():
             self.inside.pop()
 
 

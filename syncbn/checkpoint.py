@@ -4,7 +4,8 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from .collectives import Call, CollectiveError, recorded
+from .collectives import CollectiveError
+from .observing import Call, recorded
 
 
 def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

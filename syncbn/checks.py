@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import collectives
-from .collectives import Call, CollectiveError, Group, ProcessGroup
+from . import observing
+from .collectives import CollectiveError, Group, ProcessGroup
 from .control import Place, Rows, Side, digest, listed, ranks_of, side_group
-from .module import named
+from .names import named
+from .observing import Call
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def checked(model: nn.Module) -> Iterator[None]:
             return
         checks = _Checks(side_group(group))
         try:
-            with collectives.observe(checks):
+            with observing.observe(checks):
                 yield
         except BaseException as error:
             checks.leave(error)

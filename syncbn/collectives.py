@@ -7,19 +7,17 @@ Requirements
     - observers see every call, and cost nothing when there are none.
 """
 
-import contextlib
 import datetime
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from . import observing
+from .observing import Call, Observer
 
 ProcessGroup = dist.ProcessGroup
 GroupLike = ProcessGroup | DeviceMesh | None
@@ -159,87 +157,9 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class Call(NamedTuple):
-    """What a collective is for, as observers and error messages see it."""
-
-    layer: str
-    phase: str  # "forward", "backward", or "recompute": a forward inside a backward, as activation checkpointing runs it;
-    # "control" for what is no layer's
-    channels: int
-    dtype: torch.dtype  # of the layer's input
-    group: ProcessGroup | None
-    sums: bool = True  # the message is [S1, S2, n] or [G1, G2]; False: a derivative of them
-    forward: Any = None  # the function.Forward it belongs to, if it was observed; None for what is no layer's
-
-    def backward(self) -> "Call":
-        """That of the same layer's backward."""
-        return Call(self.layer, "backward", self.channels, self.dtype, self.group, self.sums, self.forward)
-
-
-class Observer(Protocol):
-    """Sees each collective of each layer run inside `observe`. Messages are not to be written to."""
-
-    def before(self, call: Call, local: Tensor) -> bool | None:
-        """True asks that the running statistics be held still in this call."""
-
-    def after(self, call: Call, local: Tensor, reduced: Tensor) -> None: ...
-
-    def failed(self, call: Call, error: BaseException) -> None: ...
-
-
 class Reduced(NamedTuple):
     message: Tensor  # the sum over the group, in the order and dtype of the local message
     hold: bool  # an observer asked that running statistics be held
-
-
-# The observer of a group: it sees all its calls, in any thread and in a backward too, and goes when nobody else holds it.
-watchers: weakref.WeakValueDictionary[ProcessGroup | None, Observer] = weakref.WeakValueDictionary()
-_watched: dict[Any, Any] = vars(watchers)["data"]  # what it holds: to see that it is empty needs no call
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
-
-
-def observers() -> tuple[Observer, ...]:
-    """The observers of this context; compiled code has none. A backward uses its forward's: it may run in another thread."""
-    return _observers.get()
-
-
-def observed(group: ProcessGroup | None) -> bool:
-    """Whether anyone sees a call over the group that starts now."""
-    return bool(_observers.get()) or (bool(_watched) and group in watchers)
-
-
-def observe(observer: Observer) -> AbstractContextManager[None]:
-    """Show `observer` every collective whose forward runs inside, in this context only."""
-    return _among(_observers, observer)
-
-
-@contextlib.contextmanager
-def _among(variable: ContextVar[Any], one: Any) -> Iterator[None]:
-    """`one` is among the values inside; such contexts may be left in another order than they were entered."""
-    variable.set((*variable.get(), one))
-    try:
-        yield
-    finally:
-        values = variable.get()
-        last = max((at for at, value in enumerate(values) if value is one), default=len(values))  # of another thread's: none
-        variable.set((*values[:last], *values[last + 1 :]))
-
-
-class Recording(Protocol):
-    """Keeps the reduced messages of forwards, and gives them to a recomputation of the same calls."""
-
-    def take(self, call: Call, size: int) -> Tensor | None:
-        """What the call had in the forward: no collective is issued; None: it is issued."""
-
-    def add(self, call: Call, reduced: Tensor) -> None: ...
-
-
-def recorded(recording: Recording) -> AbstractContextManager[None]:
-    """Show `recording` every collective of a forward that runs inside, in this context only."""
-    return _among(_recordings, recording)
-
-
-_recordings: ContextVar[tuple[Recording, ...]] = ContextVar("syncbn_recordings", default=())
 
 
 def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()) -> Reduced:
@@ -248,13 +168,13 @@ def all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...] = ()
     Raises:
         CollectiveError: the backend raised; the others of the group raise too, or wait until its timeout.
     """
-    if call.phase != "backward" and _recordings.get():
+    if call.phase != "backward" and observing.recordings():
         return _recorded_all_reduce(message, call, observers)
     return _observed_all_reduce(message, call, observers)
 
 
 def _recorded_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
-    recordings = _recordings.get()
+    recordings = observing.recordings()
     given = (recording.take(call, message.numel()) for recording in recordings)
     known = next((taken for taken in given if taken is not None), None)
     reduced = _observed_all_reduce(message, call, observers) if known is None else Reduced(known, True)
@@ -264,7 +184,7 @@ def _recorded_all_reduce(message: Tensor, call: Call, observers: tuple[Observer,
 
 
 def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer, ...]) -> Reduced:
-    watcher = watchers.get(call.group) if _watched else None
+    watcher = observing.watcher(call.group)
     if watcher is not None:
         observers = (*observers, watcher)
     if not observers:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import collectives, equations
-from .collectives import Call
+from . import collectives, equations, observing
 from .kernels import Affine, Running, Saved, move
+from .observing import Call, Observer
 
 
 def wanted() -> bool:
@@ -47,7 +47,7 @@ def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, m
 
 
 def _transformable(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:
-    watch = _Watch()
+    watch = _Watch(observing.observers())
     stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
     if running is not None and not watch.hold:
         move(running, equations.Statistics(*(value.detach() for value in stats)))
@@ -106,8 +106,8 @@ class _Normalize(torch.autograd.Function):
 class _Watch:
     """The observers of a forward, for its backward too, and whether one of them holds the running statistics."""
 
-    def __init__(self) -> None:
-        self.observers = collectives.observers()
+    def __init__(self, observers: tuple[Observer, ...]) -> None:
+        self.observers = observers
         self.hold = False
 
 
@@ -159,13 +159,14 @@ def gradients(
     eps: float,
     call: Call,  # of the backward collective
     mask: Tensor | None,  # (N, 1, *) of the forward
+    observers: tuple[Observer, ...],  # of the forward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, the share's dγ and dβ (C,), and what a ReLU leaves of dy, as differentiable functions of dy, x and weight.
 
     The statistics are taken anew, so that their derivative is known: all_reduces of 2C+1 and 2C values here, and two of 2C
     when the result is differentiated, beside those of what dy depends on.
     """
-    watch = _Watch()
+    watch = _Watch(observers)
     stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
     if saved.relu:
         with torch.no_grad():

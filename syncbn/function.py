@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import collectives, differentiable, equations, kernels
+from . import collectives, differentiable, equations, kernels, observing
 from .arguments import as_number, eager_problem, mask_problem, problem_of, residual_problem, where
-from .collectives import Call, Group, GroupLike, Observer
+from .collectives import Group, GroupLike
 from .kernels import Affine, Running, Saved
+from .observing import Call, Observer
 
 
 class Rest(NamedTuple):
@@ -69,7 +70,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         dx: Tensor | None
         dresidual: Tensor | None
         if torch.is_grad_enabled() or differentiable.batched(dy):  # create_graph=True, or is_grads_batched=True
-            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, eps, call, mask)
+            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, eps, call, mask, observers)
         else:
             compute = kernels.pick(x)
             sums = compute.gradient_sums(dy, x, saved)
@@ -178,7 +179,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
     except ValueError as error:
         raise ValueError(f"{error} ({where(site.layer)})") from None
     compiling = torch.compiler.is_compiling()
-    recomputing, observers = (False, ()) if compiling else (in_backward(), collectives.observers())
+    recomputing, observers = (False, ()) if compiling else (in_backward(), observing.observers())
     problem = residual_problem(x, affine.residual)  # torch's operators would broadcast it
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
@@ -194,7 +195,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         problem = eager_problem(x, running)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    forward = None if compiling or not collectives.observed(group) else Forward(site.module)
+    forward = None if compiling or not observing.observed(group) else Forward(site.module)
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
     rest = Rest(affine, running, call, observers, None)
     return _normalize(x, rest) if mask is None else _masked(x, rest, mask)
@@ -287,7 +288,7 @@ def local(
     mask = _broadcast(mask, x)
     if by_batch:
         call = Call(layer, "forward", x.shape[1], x.dtype, None)
-        observers = () if torch.compiler.is_compiling() else collectives.observers()
+        observers = () if torch.compiler.is_compiling() else observing.observers()
         return _masked(x, Rest(affine, None, call, observers, None), mask)
     y = F.batch_norm(torch.where(mask, x, 0), mean, var, affine.weight, affine.bias, False, 0.0, affine.eps)
     return torch.where(mask, _activated(y, affine), 0)

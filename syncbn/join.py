@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
-from . import collectives
+from . import collectives, observing
 from .accumulation import Calls, is_compiled, move_statistics
-from .collectives import Call, CollectiveError, Group, timeout
+from .collectives import CollectiveError, Group, timeout
 from .control import own_group
 from .module import _Synchronized
+from .observing import Call
 
 COMPILED = "given a compiled model or training step, whose collectives are not seen; expected eager mode, or syncbn.even_steps"
 UNSEEN = "given a forward in which no layer in training mode was seen; expected one, in eager mode, or syncbn.even_steps"
@@ -109,7 +110,7 @@ class SyncBatchNormJoin(Joinable):
         self._refuse_compiled()
         self.contexts += 1
         schedule = _Schedule(self.store, self.contexts, self.layers)
-        collectives.watchers[self.group] = schedule
+        observing.watchers[self.group] = schedule
         return _Shadow(self, schedule)
 
     @property
@@ -130,7 +131,7 @@ class SyncBatchNormJoin(Joinable):
 
     def _start_step(self, problem: str | None) -> None:
         """Tell Join that this rank has data, in the place of the wrapper, and the schedule what its step cannot have."""
-        schedule: Any = collectives.watchers.get(self.group)
+        schedule: Any = observing.watchers.get(self.group)
         if schedule is not None and not self._join_config.is_first_joinable:
             raise ValueError("given Join([ddp_model, joined, ...]); expected Join([joined, ddp_model, ...]), ours first")
         work = Join.notify_join_context(self)
@@ -144,13 +145,13 @@ class SyncBatchNormJoin(Joinable):
 
     def _after_forward(self, ddp: Any, args: Any, output: Any) -> None:
         if self._join_config.enable and self.group.size() > 1 and any(layer.training for layer in self.layers):
-            schedule: Any = collectives.watchers.get(self.group)
+            schedule: Any = observing.watchers.get(self.group)
             if schedule is not None and schedule.at == 0:
                 raise _refused(UNSEEN)  # code that was compiled by itself
 
     def _problem(self) -> str | None:
         """Why no rank that is out of data could follow a step that starts now."""
-        held = {layer for one in collectives.observers() if isinstance(one, Calls) for layer in one.layers}
+        held = {layer for one in observing.observers() if isinstance(one, Calls) for layer in one.layers}
         return None if self.ddp.broadcast_buffers or held.isdisjoint(self.layers) else HELD
 
 
@@ -261,7 +262,7 @@ class _Shadow(JoinHook):
         """The context is left: forwards outside of it are nobody's business."""
         self.schedule.end()
         self._finish()
-        collectives.watchers.pop(self.joined.group, None)
+        observing.watchers.pop(self.joined.group, None)
         self.joined._join_config = self.joined._join_config._replace(enable=False)
 
     def _follow(self) -> None:

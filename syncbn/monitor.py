@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import collectives, equations
-from .collectives import Call
+from . import equations, observing
 from .function import Forward
-from .module import named
+from .names import named
+from .observing import Call
 
 
 class LayerReport(NamedTuple):
@@ -82,7 +82,7 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
     """
     with named(model) as layers:
         watching = Monitor(layers)
-        with collectives.observe(watching):
+        with observing.observe(watching):
             yield watching
 
 

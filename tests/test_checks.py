@@ -147,7 +147,7 @@ def _different(world):
                 program(model, world.rank == 1, world.rank)
         except Exception as error:
             found[program.__name__] = type(error).__name__, str(error), time.monotonic() - start
-    found["observers"] = len(syncbn.collectives.observers())
+    found["observers"] = len(syncbn.observing.observers())
     found["after"] = step(model.float().train(), world.rank).isfinite().all().item()
     return found
 

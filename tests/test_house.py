@@ -18,12 +18,13 @@ TESTS = Path(__file__).parent
 
 # A file may import those of its own layer's left, and only them; what is not listed is a leaf, which may import all of these.
 LAYERS = [
-    {"equations", "_version"},
+    {"equations", "observing", "_version"},
     {"kernels", "collectives"},
     {"control", "arguments"},
     {"differentiable"},
     {"function"},
     {"module"},
+    {"names"},
     {"subclass"},
     {"convert"},
 ]

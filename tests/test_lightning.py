@@ -221,7 +221,7 @@ def _failing(world, directory):
             trainer(NAMESPACES[0], world, directory, 1, **given).fit(model, batches(world.rank))
         except ZeroDivisionError:
             left[way] = [type(layer).__name__ for layer in model.net], [layer.training for layer in model.net]
-        left[f"{way} observers"] = len(syncbn.collectives.observers())
+        left[f"{way} observers"] = len(syncbn.observing.observers())
     return left
 
 

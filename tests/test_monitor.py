@@ -263,7 +263,7 @@ def test_other_models_are_not_seen_and_names_come_back():
         assert list(watching.read().layers) == ["mine.0", "made"]
     assert mine[0]._syncbn.path == "0"
     assert "_syncbn" not in vars(made)
-    assert syncbn.collectives.observers() == ()
+    assert syncbn.observing.observers() == ()
 
 
 def test_a_model_without_layers_of_ours_is_an_error():

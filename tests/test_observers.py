@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import syncbn
-from syncbn import collectives
+from syncbn import observing
 from syncbn.checkpoint import Recording
 from syncbn.collectives import Group
-from syncbn.module import named
+from syncbn.names import named
 
 
 class Noting:
@@ -27,7 +27,7 @@ class Noting:
     def failed(self, call, error): ...
 
     def inside(self):
-        return collectives.observe(self)
+        return observing.observe(self)
 
 
 class Kept(Recording):
@@ -64,7 +64,23 @@ def test_an_observer_entered_twice_is_there_until_it_is_left_twice():
         context.__enter__()
     for context, there in zip(contexts, [(one, other), (one,), ()], strict=True):
         context.__exit__(None, None, None)
-        assert sorted(map(id, collectives.observers())) == sorted(map(id, there))
+        assert sorted(map(id, observing.observers())) == sorted(map(id, there))
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({}, [7, 6]), ({"create_graph": True}, [7, 7, 6]), ({"is_grads_batched": True}, [7, 7, 12])],
+    ids=["plain", "to be differentiated", "of two gradients at once"],
+)
+def test_a_backward_is_seen_by_those_who_saw_its_forward(options, sizes):
+    inside, outside = Noting(), Noting()
+    x = torch.randn(4, 3, requires_grad=True)
+    with inside.inside():
+        y = syncbn.sync_batch_norm(x, None, None, training=True, _force_sync=True)
+    dy = torch.randn(2, *y.shape) if "is_grads_batched" in options else torch.randn(y.shape)
+    with outside.inside():
+        torch.autograd.grad(y, x, dy, **options)
+    assert (inside.sizes, outside.sizes) == (sizes, [])
 
 
 def overlapping():

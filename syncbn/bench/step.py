@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import collectives, control
+from .. import control, observing
 from ..convert import convert
 from ..doctor.finding import table
 from ..doctor.latency import meet, timed
@@ -198,7 +198,7 @@ def _step(name: str, model: nn.Module, optimizer: Any, share: tuple[Tensor, Tens
         optimizer.zero_grad(set_to_none=False)
         with peers.using(kernels_of(name)):
             if name == WATCHED:
-                with collectives.observe(watch):
+                with observing.observe(watch):
                     y = model(share[0])
             else:
                 y = model(share[0])

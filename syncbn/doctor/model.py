@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .. import collectives
-from ..collectives import Call
+from .. import observing
 from ..convert import convert
 from ..module import _Synchronized
+from ..observing import Call
 from .finding import Finding, by_rank, said_of, table
 from .latency import Key, Taken, cost, group_sizes, timed
 
@@ -150,7 +150,7 @@ def measure(loaded: Loaded, steps: int, device: torch.device) -> Steps:
 
 
 def _step(loaded: Loaded, watch: Stopwatch) -> None:
-    with collectives.observe(watch):
+    with observing.observe(watch):
         outputs = _tensors(loaded.model(*loaded.inputs))
     loss = sum(output.float().mean() for output in outputs if output.requires_grad)
     if not isinstance(loss, Tensor):

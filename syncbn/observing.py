@@ -1,0 +1,100 @@
+"""Who sees the collectives of layers, and what is kept of them for recomputations.
+
+Requirements: observers see every call, and cost nothing when there are none; contexts may be left in any order.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """What a collective is for, as observers and error messages see it."""
+
+    layer: str
+    phase: str  # "forward", "backward", or "recompute": a forward inside a backward, as activation checkpointing runs it;
+    # "control" for what is no layer's
+    channels: int
+    dtype: torch.dtype  # of the layer's input
+    group: Any  # a ProcessGroup; None: this process is alone
+    sums: bool = True  # the message is [S1, S2, n] or [G1, G2]; False: a derivative of them
+    forward: Any = None  # the function.Forward it belongs to, if it was observed; None for what is no layer's
+
+    def backward(self) -> "Call":
+        """That of the same layer's backward."""
+        return Call(self.layer, "backward", self.channels, self.dtype, self.group, self.sums, self.forward)
+
+
+class Observer(Protocol):
+    """Sees each collective of each layer run inside `observe`. Messages are not to be written to."""
+
+    def before(self, call: Call, local: Tensor) -> bool | None:
+        """True asks that the running statistics be held still in this call."""
+
+    def after(self, call: Call, local: Tensor, reduced: Tensor) -> None: ...
+
+    def failed(self, call: Call, error: BaseException) -> None: ...
+
+
+class Recording(Protocol):
+    """Keeps the reduced messages of forwards, and gives them to a recomputation of the same calls."""
+
+    def take(self, call: Call, size: int) -> Tensor | None:
+        """What the call had in the forward: no collective is issued; None: it is issued."""
+
+    def add(self, call: Call, reduced: Tensor) -> None: ...
+
+
+# The observer of a group: it sees all its calls, in any thread and in a backward too, and goes when nobody else holds it.
+watchers: weakref.WeakValueDictionary[Any, Observer] = weakref.WeakValueDictionary()
+_watched: dict[Any, Any] = vars(watchers)["data"]  # what it holds: to see that it is empty needs no call
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
+_recordings: ContextVar[tuple[Recording, ...]] = ContextVar("syncbn_recordings", default=())
+
+
+def observers() -> tuple[Observer, ...]:
+    """The observers of this context; compiled code has none. A backward uses its forward's: it may run in another thread."""
+    return _observers.get()
+
+
+def observed(group: Any) -> bool:
+    """Whether anyone sees a call over the group that starts now."""
+    return bool(_observers.get()) or watcher(group) is not None
+
+
+def watcher(group: Any) -> Observer | None:
+    """The observer of a group, if it has one."""
+    return watchers.get(group) if _watched else None
+
+
+def observe(observer: Observer) -> AbstractContextManager[None]:
+    """Show `observer` every collective whose forward runs inside, in this context only."""
+    return _among(_observers, observer)
+
+
+def recorded(recording: Recording) -> AbstractContextManager[None]:
+    """Show `recording` every collective of a forward that runs inside, in this context only."""
+    return _among(_recordings, recording)
+
+
+def recordings() -> tuple[Recording, ...]:
+    """What records the forwards of this context."""
+    return _recordings.get()
+
+
+@contextlib.contextmanager
+def _among(variable: ContextVar[Any], one: Any) -> Iterator[None]:
+    """`one` is among the values inside; such contexts may be left in another order than they were entered."""
+    variable.set((*variable.get(), one))
+    try:
+        yield
+    finally:
+        values = variable.get()
+        last = max((at for at, value in enumerate(values) if value is one), default=len(values))  # of another thread's: none
+        variable.set((*values[:last], *values[last + 1 :]))
