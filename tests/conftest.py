@@ -12,10 +12,25 @@ import torch
 hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000, print_blob=True)
 
+LONGEST = ["compile", "launch", "triton", "bench", "demo", "faults", "kernels", "processes", "nodes"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     hypothesis.settings.load_profile("long" if config.getoption("markexpr") == "campaign" else "short")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite, half of which is waiting; this one alone for named files, and beside a GPU."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return 2 if whole and not torch.cuda.is_available() else 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With two processes the longest files come first, so that neither ends long before the other."""
+    if hasattr(config, "workerinput"):
+        places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_collection_finish() -> None:
