@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, memory that shows when it is read before it is written, devices and their kernels."""
 
 import math
+import os
 import sys
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ LONGEST = ["compile", "launch", "triton", "bench", "demo", "faults", "kernels", 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts two more
     hypothesis.settings.load_profile("long" if config.getoption("markexpr") == "campaign" else "short")
 
 

@@ -32,7 +32,8 @@ GROUP_TIMEOUT = 30.0  # seconds a collective waits for a peer
 CASE_TIMEOUT = 60.0
 START_TIMEOUT = 90.0
 START = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-START.set_forkserver_preload(["torch", "torch._dynamo"])  # seconds to import, here once for all processes
+# Seconds to import, here once for all processes.
+START.set_forkserver_preload(["torch", "torch._dynamo", "torch._inductor.compile_fx"])
 GRACE = 1.0  # seconds the other ranks get to show that they failed too, or ended, after the first error
 
 
