@@ -35,6 +35,7 @@ START = multiprocessing.get_context("forkserver" if sys.platform == "linux" else
 # Seconds to import, here once for all processes.
 START.set_forkserver_preload(["torch", "torch._dynamo", "torch._inductor.compile_fx"])
 GRACE = 1.0  # seconds the other ranks get to show that they failed too, or ended, after the first error
+LEAVING = 10.0  # seconds the warm processes get to end by themselves: on a loaded machine GRACE is too short
 
 
 class World(NamedTuple):
@@ -123,11 +124,11 @@ class _Processes:
         self.processes[rank].join(GRACE)
         return self.processes[rank].exitcode
 
-    def leave(self) -> None:
+    def leave(self, seconds: float = GRACE) -> None:
         """Let the processes end by themselves, which frees their semaphores, and stop those that do not."""
         for pipe in self.pipes:
             pipe.close()
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         self.stop()
@@ -190,7 +191,7 @@ def stop() -> None:
     """End the warm processes."""
     for processes in _warm.values():
         if processes.pipes:
-            processes.leave()
+            processes.leave(LEAVING)
 
 
 @contextlib.contextmanager
