@@ -44,12 +44,14 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
 
 def eager_problem(x: Tensor, running: Running | None) -> Exception | None:
     """What is wrong with where the values are, which a trace does not know, if anything."""
-    batches = _batches(x)
-    if batches and running is not None and batches > _batches(running.mean):
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and running is not None and _batches(x) > _batches(running.mean):
         return ValueError(
             "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
             "expected eval mode, or track_running_stats=False"
         )
+    if x.is_cpu:
+        return None
     try:
         kernels.check_device(x)
     except ValueError as error:

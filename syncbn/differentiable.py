@@ -19,11 +19,7 @@ from .observing import Call, Observer
 
 def wanted() -> bool:
     """Whether this code is compiled, inside a torch.func transform, or in forward mode; the same on every rank of a program."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def transformed() -> bool:

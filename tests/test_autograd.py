@@ -430,6 +430,7 @@ def test_vmap_of_gradients_names_statistics_that_many_batches_would_move():
 
 def test_the_private_torch_names_of_this_path_are_there():
     assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch._C._are_functorch_transforms_active() is False
     assert torch._C._functorch.is_functorch_wrapped_tensor(torch.ones(1)) is False
     assert forward_ad._current_level == -1
     assert torch._C._current_graph_task_id() == -1

@@ -122,8 +122,8 @@ def test_a_rank_outside_of_the_group_is_told_so_at_its_first_training_forward():
 
 def test_a_device_without_float64(monkeypatch):
     monkeypatch.setattr(kernels, "has_float64", lambda device_type: False)
-    with pytest.raises(ValueError, match="given input on device 'cpu', which has no float64; expected a device that has it"):
-        _call()
+    with pytest.raises(ValueError, match="given input on device 'meta', which has no float64; expected a device that has it"):
+        syncbn.sync_batch_norm(X.to("meta"), None, None, training=True, _force_sync=True)
 
 
 def test_the_probe_for_float64_sees_what_a_device_says():

@@ -178,7 +178,7 @@ def test_the_private_torch_names_in_use_are_there():
     assert hasattr(torch.distributed.ProcessGroup, "_device_types")
     assert hasattr(torch._C._distributed_c10d.Backend.Options, "_timeout")
     assert torch._C._len_torch_dispatch_stack() == 0
-    assert torch._C._functorch.peek_interpreter_stack() is None
+    assert torch._C._are_functorch_transforms_active() is False
 
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

@@ -19,7 +19,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 512   /* values of float16 that are floats for a while: of each of four rows of channels no more */
 #define PAGE 4096   /* bytes: rows of channels that are shorter are not read in turns, unless prefetched as far ahead */
-#define FAR 65536   /* bytes that longer rows are prefetched ahead */
+#define FAR 65536   /* bytes that longer rows are prefetched ahead, and those of four bytes a value: halves wait for computing */
 #define CHUNK 128   /* rows of channels summed before they are added to the sums: rounding errors grow with the terms */
 #define BACK 16     /* 2^16 values of rows of channels are taken at once on the way back */
 #define GRAIN 14    /* a thread has 2^14 values or more */
@@ -187,7 +187,7 @@ INLINE void sum_rows(Place p, int64_t at, int rows, int64_t n, int fetched, int 
         for (int k = 0; k < INPUTS(pass) * rows; k++) {
             const char *next = (const char *)p.in[k / rows] + (at + i * rows + k % rows * line) * size;
             if (p.stride * size < PAGE) __builtin_prefetch(next + PAGE, 0, 3);
-            else __builtin_prefetch(next + FAR, 0, 2);
+            if (p.stride * size >= PAGE || size > 2) __builtin_prefetch(next + FAR, 0, 2);
         }
         sum_some(p, at, rows, i, i + line, type, pass);
     }

@@ -7,6 +7,7 @@ Requirements
 """
 
 import ctypes
+import functools
 import os
 import struct
 import sysconfig
@@ -91,13 +92,23 @@ def _vectors(*values: Tensor | None) -> list[int] | None:
     return found
 
 
+@functools.cache
+def _model(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="cpu")
+
+
+def _new(size: int, dtype: torch.dtype) -> Tensor:
+    """An empty vector, by the operator that makes y and dx: where no operator is in a cache, another costs as much again."""
+    return torch.empty_like(_model(size, dtype))
+
+
 def _check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for the sums of a batch norm layer")
 
 
 def moments(x: Tensor) -> Tensor:
-    message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
+    message = _new(2 * x.shape[1] + 1, torch.float64)
     _check(library.syncbn_moments(MOMENTS.pack(*_shape(x), 0, x.data_ptr(), 0, 0, 0, message.data_ptr())))
     return message
 
@@ -150,8 +161,8 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     c, dy, passed = x.shape[1], like(dy, x), None
     if y is not None:
         y, passed = like(y, x), torch.empty_like(x)
-    dweight = statistics.new_empty(c, dtype=dtype)
-    sums = GradientSums(statistics.new_empty(2 * c), dweight, torch.empty_like(dweight), passed)
+    dweight = _new(c, dtype)
+    sums = GradientSums(_new(2 * c, torch.float64), dweight, torch.empty_like(dweight), passed)
     call = GRADIENT_SUMS.pack(
         *_shape(x),
         relu,

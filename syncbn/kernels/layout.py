@@ -15,7 +15,7 @@ def is_plain(x: Tensor) -> bool:
 
 def is_watched() -> bool:
     """Whether a dispatch mode, or a transform that batches or traces, has to see every operator."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 def is_channels_last(x: Tensor) -> bool:
