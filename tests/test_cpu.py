@@ -1,5 +1,6 @@
 """The compiled kernels: which tensors they take, threads, bits, memory, and what serves without them. Values: test_kernels."""
 
+import collections
 import itertools
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
@@ -271,6 +273,39 @@ def test_without_the_library_aten_serves_and_says_so_once(monkeypatch, caplog):
         assert "missing.so" in caplog.text
     finally:
         kernels.compiled.cache_clear()
+
+
+CALLS = 75  # of functions of ours, 45 of them, in a step of a layer: where it is small they are what it costs
+
+
+@needs_library
+def test_a_step_dispatches_allocations_alone_and_calls_no_more_functions_than_counted():
+    made = layer(3, device="cpu")
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    called: list[str] = []
+
+    def count(frame, event, argument):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if event == "call" and path.startswith(os.path.dirname(syncbn.__file__)):
+            called.append(name)
+
+    def step():
+        made(x).sum().backward()
+
+    step()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(before)
+    assert 20 < len(called) <= CALLS, called
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        y = made(x)
+    dispatched = collections.Counter(event.name for event in seen.events() if event.name.startswith("aten::"))
+    assert dispatched.pop("aten::empty_like") == 3, "the message, y and the statistics"
+    assert set(dispatched) <= {"aten::empty_strided", "aten::empty", "aten::fill_"}, "what allocates, and poisons"
+    del y
 
 
 @needs_library
