@@ -578,10 +578,27 @@ def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path,
 
 ENDED = """
 import sys
+import weakref
 from pathlib import Path
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {launch!r})
 import {program}
 
+made = weakref.WeakSet()
+build, destroy = DistributedDataParallel.__init__, dist.destroy_process_group
+
+def noted(self, *arguments, **options):
+    build(self, *arguments, **options)
+    made.add(self)
+    print("made:", len(made))
+
+def told(group=None):
+    print("at the end of the group:", len(made))
+    destroy(group)
+
+DistributedDataParallel.__init__ = noted
+dist.destroy_process_group = told
 {program}.main()
 print("left:", *sorted(task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()))
 """
@@ -590,7 +607,11 @@ print("left:", *sorted(task.joinpath("comm").read_text().strip() for task in Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("program", ["train", "accelerate_train"])
 def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(tmp_path, program):
-    """One that then frees its last message aborts the process, rarely: "terminate called without an active exception"."""
+    """One that then frees its last message aborts the process, rarely: "terminate called without an active exception".
+
+    Nor is there a DistributedDataParallel when the group ends: if that held it last, the process would wait for a thread of
+    Gloo that waits for the interpreter, as rarely.
+    """
     if program == "accelerate_train":
         pytest.importorskip("accelerate")
     (tmp_path / "program.py").write_text(ENDED.format(launch=str(LAUNCH), program=program))
@@ -598,6 +619,7 @@ def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(tmp_path, program):
     printed = start(LAUNCH / "one_node.sh", *OPTIONS[:-1], "--steps=1", **where)
     (left,) = re.findall("left: (.*)", printed)
     assert "gloo" not in left
+    assert re.findall("made: (.*)|at the end of the group: (.*)", printed) == [("1", ""), ("", "0")]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "accelerate_train.py", "lightning_train.py", "agent.py"])
