@@ -79,8 +79,9 @@ class Group:
             return self._known
         group: Any = self.process_group
         if group is None:
-            world = dist.group.WORLD
-            return world if world is None or self.group_size is None else _group_of_size(self.group_size)
+            if not dist.is_initialized():  # a trace of torch 2.11 takes a WORLD that is None for a group
+                return None
+            return dist.group.WORLD if self.group_size is None else _group_of_size(self.group_size)
         if isinstance(group, DeviceMesh) and group.get_coordinate() is not None:
             return group.get_group()
         raise ValueError(
