@@ -262,9 +262,10 @@ def _transformed(world):
     transforms = [
         slope,
         lambda z: torch.func.jvp(layer, (z,), (z.cos(),))[1],
-        lambda z: torch.func.vmap(layer)(torch.stack([z, z.cos()])),
         torch.func.grad(lambda z: slope(z).square().sum()),
     ]
+    if not torch.__version__.startswith("2.11."):  # whose compiler fails inside of vmap, with an error of its own
+        transforms.append(lambda z: torch.func.vmap(layer)(torch.stack([z, z.cos()])))
     results = []
     for transform in transforms:
         torch._dynamo.reset()
