@@ -50,7 +50,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight: Tensor | None,  # (C,)
         bias: Tensor | None,  # (C,)
         residual: Tensor | None,  # (N, C, *)
-        rest: "Rest",
+        rest: Rest,
     ) -> Tensor:
         affine, running, call, observers, mask = rest
         compute = kernels.pick(x)
