@@ -95,9 +95,10 @@ def fused(layer: Any) -> SyncBatchNormReLU:
 
 
 def memory_passes(x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """As many passes over memory as batch norm needs, with next to nothing computed, by ATen: no layer is much faster than it.
+    """As many passes over memory as batch norm needs, with next to nothing computed, by ATen.
 
-    x is summed, then 1 added to it; x and dy are summed, then added. x and dy (N, C, *) lie alike, in one piece.
+    x is summed, then 1 added to it; x and dy are summed, then added. x and dy (N, C, *) lie alike, in one piece. A layer that
+    writes past the caches, as ATen does not, can be faster where results are large.
     """
     flat_x, flat_dy = (torch.as_strided(each, (each.numel(),), (1,)) for each in (x.detach(), dy))
 
