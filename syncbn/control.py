@@ -6,6 +6,7 @@ Requirements
       the same rows, and all raise the same error, which says who is where.
 """
 
+import contextlib
 import hashlib
 import itertools
 import pickle
@@ -224,11 +225,20 @@ def ranks_of(group: ProcessGroup | None) -> list[int]:
     return [rank_and_size()[0]] if group is None else dist.get_process_group_ranks(group)
 
 
-def own_group(group: ProcessGroup) -> tuple[ProcessGroup, Any]:
-    """A new group of the same ranks, with the same timeout, and a store of its own; every rank of the job asks, for its own."""
+def own_group(group: ProcessGroup, device: torch.device) -> tuple[ProcessGroup, Any]:
+    """A new group of the same ranks, with the same timeout, and a store of its own; every rank of the job asks, for its own.
+
+    It has begun: NCCL begins a group with its first collective, and waits for the device, which later may be in one of another.
+    """
     world = dist.group.WORLD
     assert world is not None
     mine = tuple(dist.get_process_group_ranks(group))
     wanted = sorted({*side_group(world).gather_objects(mine)})
     made = {ranks: dist.new_group(list(ranks), timeout(group)) for ranks in wanted}[mine]
+    dist.all_reduce(torch.zeros(1, device=device), group=made)
     return made, dist.PrefixStore(f"syncbn/{made.group_name}", dist.distributed_c10d._get_default_store())
+
+
+def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What is computed inside waits for no other stream of a GPU; a CPU has none."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import collectives, observing
 from .accumulation import Calls, is_compiled, move_statistics
 from .collectives import CollectiveError, Group, timeout
-from .control import own_group
+from .control import own_group, stream_of_its_own
 from .module import _Synchronized
 from .observing import Call
 
@@ -97,7 +97,7 @@ class SyncBatchNormJoin(Joinable):
                 raise ValueError(
                     f"given layer {path!r} with {layer._syncbn.group!r}; expected the group of the DistributedDataParallel"
                 )
-        self.group, self.store = own_group(ddp.process_group)
+        self.group, self.store = own_group(ddp.process_group, self.join_device)
         for path, layer in layers.items():
             layer._syncbn = layer._syncbn._replace(group=Group(self.group), path=path)
         self.layers = list(layers.values())
@@ -267,7 +267,8 @@ class _Shadow(JoinHook):
 
     def _follow(self) -> None:
         try:
-            self._post(self.schedule.follow(self.seconds))
+            with stream_of_its_own(self.joined.join_device):  # the wrapper's hooks wait on theirs for what comes after
+                self._post(self.schedule.follow(self.seconds))
         except BaseException as error:
             self.error = error
 
@@ -291,6 +292,8 @@ class _Shadow(JoinHook):
                     f"a rank out of data waited in vain for {entry.phase} of layer {entry.layer!r}; expected the ranks with "
                     "data to call it within the group's timeout: look for the first error among them"
                 ) from error
+            if message.is_cuda:  # made on another stream
+                message.record_stream(torch.cuda.current_stream(message.device))
             if entry.moves is not None:
                 move_statistics(self.joined.layers[entry.moves], message)
         self.posted = []

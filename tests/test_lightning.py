@@ -262,6 +262,7 @@ def test_where_the_strategy_never_calls_a_plugin_it_is_the_one_to_drop():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: Lightning's FSDPStrategy takes no CPU")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:FSDP is switching to use `NO_SHARD`")
 def test_fsdp_strategy_calls_the_plugin(tmp_path):
     lightning = importlib.import_module(NAMESPACES[0])
     model = module(NAMESPACES[0], ALONE)
@@ -270,7 +271,8 @@ def test_fsdp_strategy_calls_the_plugin(tmp_path):
     gpu = lightning.Trainer(
         accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, **given, **QUIET
     )
-    gpu.fit(model, DataLoader([(x.float(), target, n) for x, target, n in batches(0)], batch_size=None))
+    data = DataLoader([(x.float(), target, n) for x, target, n in batches(0)], batch_size=None)
+    gpu.fit(model, data, data)
     assert model.classes[1] == "SyncBatchNorm2d"
     assert [type(layer).__name__ for layer in model.net] == [type(layer).__name__ for layer in network(syncbn.SyncBatchNorm)]
 

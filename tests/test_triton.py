@@ -40,6 +40,7 @@ AXES = {
     "fused": batches.FUSED,
     "tile": [16, 2048],  # values: many tiles, or all of a share in one
     "programs": [1024, 8],  # 8: a program sums several tiles
+    "team": [64, 2],  # 2: what the splits leave is added by teams
     "wide": [2**31, 0],  # 0: offsets of 64 bits
 }
 
@@ -80,12 +81,14 @@ def test_by_the_interpreter():
     assert "skipped" not in done.stdout, done.stdout[-2000:]
 
 
-def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31):
-    """The kernels with tiles of another size than a GPU wants."""
+def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31, team: int = 2):
+    """The kernels with tiles of another size than a GPU wants, and teams of fewer splits."""
     kernels = in_triton()
-    monkeypatch.setattr(kernels, "TILE", tile)
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    for shares in ("SUMS", "ELEMENTS"):
+        monkeypatch.setattr(kernels, shares, dict.fromkeys((True, False), kernels.Share(tile, 64, programs)))
     monkeypatch.setattr(kernels, "WIDE", wide)
+    monkeypatch.setattr(kernels, "TEAM", team)
+    kernels._planned.cache_clear()
     return kernels
 
 
@@ -93,7 +96,7 @@ def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31):
 @pytest.mark.parametrize("number", range(len(list(AllPairs(list(AXES.values()))))))
 def test_every_pair_of_values_of_two_axes_equals_the_whole_batch(number, monkeypatch, poisoned):
     row = dict(zip(AXES, list(AllPairs(list(AXES.values())))[number], strict=True))
-    kernels = small(monkeypatch, row.pop("tile"), row.pop("programs"), row.pop("wide"))
+    kernels = small(monkeypatch, row.pop("tile"), row.pop("programs"), row.pop("wide"), row.pop("team"))
     case = Case(4, **row)
     taken = [kernels.takes(x) for x in batches.make(case)[0]]
     assert all(taken)
@@ -222,8 +225,53 @@ def test_what_lies_otherwise_than_the_kernels_read_it(fused):
         torch.testing.assert_close(got, want)
 
 
-def test_no_tensor_goes_by_them_before_they_are_measured():
-    assert math.inf == TRITON_FROM_BYTES
+def test_cuda_tensors_of_all_sizes_go_by_them():
+    assert TRITON_FROM_BYTES == 0
+
+
+@not_interpreted
+def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch, caplog):
+    """As where a machine has no C compiler, which Triton finds out when it launches for the first time."""
+    kernels = in_triton()
+    problem = kernels.problem
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "moments", lambda x: subprocess.run(["no-such-compiler"], check=True))
+    monkeypatch.setattr(kernels, "problem", lambda: problem("cpu"))
+    in_triton.cache_clear()
+    try:
+        assert in_triton() is None
+        assert in_triton() is None
+    finally:
+        in_triton.cache_clear()
+    (record,) = caplog.records
+    assert "do not work here (FileNotFoundError: [Errno 2] No such file" in record.getMessage()
+
+
+@not_interpreted
+def test_nothing_compiles_for_a_gpu_that_they_were_never_run_on(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in in_triton().problem("cpu")
+
+
+@pytest.mark.parametrize("contiguous_channels", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 1), (7, 2048, 49), (2**27, 16, 1), (3, 16, 2**26), (1, 1, 2**31), (2**31 - 1, 1, 1)])
+def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
+    """Every tile is somebody's, nobody adds too many in float32, teams are whole, and offsets reach beyond the last tile."""
+    kernels = in_triton()
+    n, c, s = (shape[0] * shape[2], shape[1], 1) if contiguous_channels else shape
+    for shares, itemsize in itertools.product((kernels.SUMS, kernels.ELEMENTS), (2, 4)):
+        plan = kernels._planned(n, c, s, itemsize, shares[s == 1], kernels.WIDE)
+        *_, tiles, splits, team = plan.numbers
+        cut, blocks = plan.cut, math.ceil(c / plan.cut.BLOCK_C)
+        positions = tiles * cut.BLOCK_P if cut.IS_ROWS else tiles // n * cut.BLOCK_P
+        assert (n if cut.IS_ROWS else s) <= positions < (n if cut.IS_ROWS else s) + cut.BLOCK_P
+        assert plan.grid == (blocks * splits, 1, 1)
+        assert math.ceil(tiles / splits) <= kernels.TILES
+        teams = math.ceil(splits / team)
+        assert max(team, teams) <= max(kernels.TEAM, math.ceil(math.sqrt(splits)))
+        assert splits == 1 or (plan.counters, plan.partials) == (blocks * (1 + teams), splits + teams)
+        if not cut.IS_WIDE:
+            assert n * c * s + (1 + splits) * cut.BLOCK_P * cut.BLOCK_C < 2**31
 
 
 def what_triton_looks_at(parameter, value):
@@ -243,6 +291,7 @@ class Program:
     def __init__(self, kernel):
         self.kernel, self.__name__ = kernel, kernel.__name__
         self.compiled = set()
+        self.given = ()  # to the launch: tensors, whose addresses are all that a compiled one gets
 
     def looks(self, arguments):
         return tuple(itertools.starmap(what_triton_looks_at, zip(self.kernel.params, arguments, strict=True)))
@@ -252,16 +301,25 @@ class Program:
 
     def compile(self, looks):
         self.compiled.add(looks)
-        return {(blocks, 1, 1): functools.partial(self.launch, looks) for blocks in range(1, 1025)}
+        return {(blocks, 1, 1): functools.partial(self.launch, looks) for blocks in range(1, 1057)}
 
-    def launch(self, looks, *arguments):
-        assert self.looks(arguments) == looks, "launched for other arguments than it was compiled for"
+    def launch(self, looks, *arguments, stream):
+        assert stream == 0
+        assert self.looks(self.given) == looks, "launched for other arguments than it was compiled for"
+        assert [given.data_ptr() if isinstance(given, torch.Tensor) else given for given in self.given] == list(arguments)
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     kernels = in_triton()
     stand_ins = [Program(getattr(kernels.programs, name)) for name in FUNCTIONS]
+    launch = kernels._launch
+
+    def watched(program, x, plan, tensors, floats=(), constants=()):
+        program.given = (*tensors, *floats, *plan.numbers, *constants, *plan.cut)
+        launch(program, x, plan, tensors, floats, constants)
+
+    monkeypatch.setattr(kernels, "_launch", watched)
     for program in stand_ins:
         monkeypatch.setattr(kernels.programs, program.kernel.__name__, program)
     monkeypatch.setattr(kernels, "_compiled", {})
@@ -316,7 +374,7 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
         step(torch.empty(6, 1))
 
 
-SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}
+SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32", "team": "i32"}
 STATISTICS = {"message": "*fp64", "statistics": "*fp64"}
 MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32"}
 FLOATS = dict.fromkeys(("eps", "eps_rest", "momentum", "momentum_rest"), "fp32")
@@ -338,7 +396,8 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
     from syncbn.kernels import programs
 
     dtype = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}[element]
-    cut = in_triton()._tiles(256, {"rows": 1, "planes": 3136, "short": 49}[kind], dtype, wide, in_triton().TILE)
+    s = {"rows": 1, "planes": 3136, "short": 49}[kind]
+    cut = in_triton()._tiles(256, s, dtype.itemsize, wide, in_triton().SUMS[s == 1])
     constants = {"IS_CUMULATIVE": False, **cut._asdict()}
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
     sums = {**backward, "statistics": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}

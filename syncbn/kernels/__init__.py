@@ -15,7 +15,6 @@ input_gradient to take in place of it. The derivative of the ReLU at 0 is 0.
 
 import functools
 import logging
-import math
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from ..equations import Statistics, running_statistics
 
-# CUDA tensors of this many bytes or more go to the kernels in Triton. None do: they were not yet measured on a GPU.
-TRITON_FROM_BYTES = math.inf
+# CUDA tensors of this many bytes or more go to the kernels in Triton: all of them (benchmarks/results/layer_cuda.csv).
+TRITON_FROM_BYTES = 0.0
 
 
 class Affine(NamedTuple):
@@ -137,12 +136,20 @@ def compiled() -> Compiled | None:
 
 @functools.cache
 def in_triton() -> Compiled | None:
-    """The kernels of CUDA devices; None where Triton is not installed."""
+    """The kernels of CUDA devices; None where Triton is not installed, and, said once in the log, where it does not work."""
     try:
         from . import triton
     except ImportError:
         return None
-    return cast(Compiled, triton)
+    problem = triton.problem()
+    if problem is None:
+        return cast(Compiled, triton)
+    logging.getLogger("syncbn").warning(
+        "the kernels in Triton do not work here (%s): batch norm is composed of PyTorch's operators, with the same results but "
+        "slower; Triton needs a C compiler on the path and the headers of Python",
+        problem,
+    )
+    return None
 
 
 def check_device(x: Tensor) -> None:

@@ -9,22 +9,23 @@ Requirements
 import triton
 import triton.language as tl
 
-from .tiles import apply, coefficients, merge, move, passed, pivot_of, place, sizes, tile
+from .tiles import apply, coefficients, merge, move, once, passed, pivot_of, place, sizes, tile
 
-NUMBERS = ["n", "c", "s", "tiles", "splits", "eps", "eps_rest", "momentum", "momentum_rest"]
+NUMBERS = ["n", "c", "s", "tiles", "splits", "team", "eps", "eps_rest", "momentum", "momentum_rest"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def moments(
     x,  # (N, C, S) in memory
     message,  # (2C+1,) float64
-    partials,  # (splits, 2, C) float64
-    arrived,  # (blocks of channels,) int32, 0 before and after
+    partials,  # (splits + teams, 2, C) float64
+    arrived,  # (blocks of channels, 1 + teams) int32, 0 before and after
     n,
     c,
     s,
     tiles,
     splits,
+    team,
     IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -33,17 +34,19 @@ def moments(
 ):
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, block, channel = place(c, BLOCK_C)
-    pivot = pivot_of(x, channel, n, c, s, IS_WIDE)
+    offset, valid = tile(part, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+    ahead = tl.load(x + offset, mask=valid, other=0.0)  # a tile is on its way while another is added
+    pivot = once(pivot_of(x, channel, n, c, s, IS_WIDE))
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for t in range(part, tiles, splits):
-        offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
-        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
-        centered = tl.where(valid, value - pivot[None, :], 0.0)
+        centered = tl.where(valid, ahead.to(tl.float32) - pivot[None, :], 0.0)
+        offset, valid = tile(t + splits, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+        ahead = tl.load(x + offset, mask=valid, other=0.0)
         first += centered
         second += centered * centered
     s1, s2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
-    s1, s2, last = merge(s1, s2, partials, arrived, part, block, channel, c, splits)
+    s1, s2, last = merge(s1, s2, partials, arrived, part, block, channel, c, splits, team)
     if last:
         count, shift = tl.zeros([1], tl.float64) + n * s, pivot.to(tl.float64)
         tl.store(message + channel, s1 + count * shift, mask=channel < c)
@@ -64,13 +67,14 @@ def gradient_sums(
     message,  # (2C,) float64
     dweight,  # (C,)
     dbias,  # (C,)
-    partials,  # (splits, 2, C) float64
-    arrived,  # (blocks of channels,) int32, 0 before and after
+    partials,  # (splits + teams, 2, C) float64
+    arrived,  # (blocks of channels, 1 + teams) int32, 0 before and after
     n,
     c,
     s,
     tiles,
     splits,
+    team,
     RELU: tl.constexpr,  # goes by x
     IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
@@ -80,25 +84,28 @@ def gradient_sums(
 ):
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, block, channel = place(c, BLOCK_C)
+    offset, valid = tile(part, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+    dy_ahead, x_ahead = tl.load(dy + offset, mask=valid, other=0.0), tl.load(x + offset, mask=valid, other=0.0)
     mu = tl.load(statistics + channel, mask=channel < c, other=0.0)
     inv = tl.load(statistics + c + channel, mask=channel < c, other=0.0)
     hi, lo, scale, shift = coefficients(mu, inv, weight, bias, channel, c)
-    lo, scale = lo.to(tl.float32), scale.to(tl.float32)
+    hi, lo, scale, shift = once(hi), once(lo.to(tl.float32)), once(scale.to(tl.float32)), once(shift)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for t in range(part, tiles, splits):
-        offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
-        gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
-        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+        gradient, value = dy_ahead.to(tl.float32), x_ahead.to(tl.float32)
         if y is not None:
             gradient = passed(gradient, tl.load(y + offset, mask=valid, other=0.0))
             tl.store(passed_dy + offset, gradient, mask=valid)
         if RELU:
             gradient = passed(gradient, apply(value, hi, scale, shift).to(x.dtype.element_ty))
+        product = tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
+        offset, valid = tile(t + splits, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+        dy_ahead, x_ahead = tl.load(dy + offset, mask=valid, other=0.0), tl.load(x + offset, mask=valid, other=0.0)
         first += gradient
-        second += tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
+        second += product
     g1, g2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
-    g1, g2, last = merge(g1, g2, partials, arrived, part, block, channel, c, splits)
+    g1, g2, last = merge(g1, g2, partials, arrived, part, block, channel, c, splits, team)
     if last:
         valid_channel = channel < c
         tl.store(message + channel, g1, mask=valid_channel)
@@ -128,6 +135,7 @@ def normalize(
     s,
     tiles,
     splits,
+    team,
     RELU: tl.constexpr,
     IS_CUMULATIVE: tl.constexpr,  # the momentum is 1 / tracked, which has been counted up before
     IS_ROWS: tl.constexpr,
@@ -147,7 +155,7 @@ def normalize(
     var = tl.where(square < 0, 0.0, square)
     invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
     hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
-    scale = scale.to(tl.float32)
+    hi, scale, shift = once(hi), once(scale.to(tl.float32)), once(shift)
     if part == 0:
         tl.store(statistics + channel, mean, mask=real)
         tl.store(statistics + c + channel, invstd, mask=real)
@@ -186,6 +194,7 @@ def input_gradient(
     s,
     tiles,
     splits,
+    team,
     RELU: tl.constexpr,  # goes by x
     IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
@@ -204,7 +213,8 @@ def input_gradient(
     hi, lo, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     slope = -scale * invstd * invstd * sum_dy_xmu / values
     addend = (-scale * sum_dy / values - slope * lo).to(tl.float32)
-    slope, scale = slope.to(tl.float32), scale.to(tl.float32)
+    hi, slope, addend = once(hi), once(slope.to(tl.float32)), once(addend)
+    scale, shift = once(scale.to(tl.float32)), once(shift)
     for back in range(part, tiles, splits):
         offset, valid = tile(tiles - 1 - back, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)

@@ -43,7 +43,7 @@ def tile(
     IS_WIDE: tl.constexpr,  # offsets are of 64 bits
     BLOCK_P: tl.constexpr,
 ):
-    """Offsets and mask (BLOCK_P, BLOCK_C) of a tile."""
+    """Offsets and mask (BLOCK_P, BLOCK_C) of a tile; past the last one nothing is valid."""
     lane = tl.arange(0, BLOCK_P)
     if IS_WIDE:
         channel, lane = channel.to(tl.int64), lane.to(tl.int64)
@@ -55,7 +55,7 @@ def tile(
     else:
         parts = tl.cdiv(s, BLOCK_P)  # of a plane
         position = t % parts * BLOCK_P + lane
-        valid = position < s
+        valid = position < tl.where(t // parts < n, s, 0)
         offset = (t // parts * c * s + position)[:, None] + (channel * s)[None, :]
     return offset, valid[:, None] & (channel < c)[None, :]
 
@@ -75,28 +75,53 @@ def pivot_of(x, channel, n, c, s, IS_WIDE: tl.constexpr):
 
 
 @triton.jit
-def merge(first, second, partials, arrived, part, block, channel, c, splits):
-    """The sums (BLOCK_C,) float64 of all splits, and whether this program is the one that has them: the last to come."""
+def total(partials, first, last, channel, c):
+    """The sums (BLOCK_C,) float64 of the rows from `first` up to `last` of partials (rows, 2, C), in their order."""
+    at_once: tl.constexpr = MERGED // channel.shape[0]
+    firsts = tl.zeros([at_once, channel.shape[0]], tl.float64)
+    seconds = tl.zeros([at_once, channel.shape[0]], tl.float64)
+    for k in range(first, last, at_once):  # past the nearest cache, which may hold a line from before
+        its = k + tl.arange(0, at_once)
+        theirs = partials + (its * 2 * c)[:, None] + channel[None, :]
+        there = (its < last)[:, None] & (channel < c)[None, :]
+        firsts += tl.load(theirs, mask=there, other=0.0, cache_modifier=".cg")
+        seconds += tl.load(theirs + c, mask=there, other=0.0, cache_modifier=".cg")
+    return tl.sum(firsts, 0), tl.sum(seconds, 0)
+
+
+@triton.jit
+def arrive(first, second, partials, row, counter, expected, channel, c):
+    """Leave the sums (BLOCK_C,) in a row of the partials; whether this program is the last of those expected to do so."""
+    mine = partials + row * 2 * c + channel
+    tl.store(mine, first, mask=channel < c)
+    tl.store(mine + c, second, mask=channel < c)
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1) == expected - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def merge(first, second, partials, arrived, part, block, channel, c, splits, team):
+    """The sums (BLOCK_C,) float64 of all splits, and whether this program is the one that has them: the last to come.
+
+    Splits are added by teams, then the teams' sums: by one program alone, all would be a long wait for memory.
+    """
     last = tl.program_id(0) >= 0
     if splits > 1:
-        valid = channel < c
-        mine = partials + part * 2 * c + channel
-        tl.store(mine, first, mask=valid)
-        tl.store(mine + c, second, mask=valid)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived + block, 1) == splits - 1
+        teams = tl.cdiv(splits, team)
+        mine = part // team
+        start = mine * team
+        stop = tl.minimum(start + team, splits)
+        counters = arrived + block * (teams + 1)
+        last = arrive(first, second, partials, part, counters + 1 + mine, stop - start, channel, c)
         if last:
-            at_once: tl.constexpr = MERGED // channel.shape[0]
-            firsts = tl.zeros([at_once, channel.shape[0]], tl.float64)
-            seconds = tl.zeros([at_once, channel.shape[0]], tl.float64)
-            for k in range(0, splits, at_once):  # past the nearest cache, which may hold a line from before
-                its = k + tl.arange(0, at_once)
-                theirs = partials + (its * 2 * c)[:, None] + channel[None, :]
-                there = (its < splits)[:, None] & valid[None, :]
-                firsts += tl.load(theirs, mask=there, other=0.0, cache_modifier=".cg")
-                seconds += tl.load(theirs + c, mask=there, other=0.0, cache_modifier=".cg")
-            first, second = tl.sum(firsts, 0), tl.sum(seconds, 0)
-            tl.store(arrived + block, 0)
+            first, second = total(partials, start, stop, channel, c)
+            if teams > 1:
+                last = arrive(first, second, partials, splits + mine, counters, teams, channel, c)
+                if last:
+                    first, second = total(partials, splits, splits + teams, channel, c)
     return first, second, last
 
 
@@ -108,6 +133,15 @@ def parameter(vector, channel, c, otherwise):
     else:
         values = tl.load(vector + channel, mask=channel < c, other=0.0).to(tl.float64)
     return values
+
+
+@triton.jit
+def once(vector):
+    """The vector (BLOCK_C,) as it is, each value computed by one thread and given to those that need it.
+
+    Else each thread computes, in float64, all the channels of which it has values.
+    """
+    return tl.gather(vector, tl.arange(0, vector.shape[0]), 0)
 
 
 # Where a ReLU goes by x, it has to pass in backward what it passed in forward, to the bit, in programs that are compiled apart.

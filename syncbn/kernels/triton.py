@@ -6,6 +6,7 @@ Requirements
     - nothing waits for the device; offsets are 64 bits wide where 32 do not reach;
     - values are summed in float32 about a pivot, or the mean, by lanes of some hundred values, and in float64 from there on;
     - the choice of tiles is static: ranks that tune would do so at different speeds, and others wait for them;
+    - no program adds more than TILES tiles in float32, and what all of them leave is added by teams, not by the last one alone;
     - Triton looks at the arguments of a program when it has to compile: else they cost more than the launch.
 """
 
@@ -23,10 +24,11 @@ from . import Affine, GradientSums, Running, Saved, keep, move, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TILE = 2048  # values of a tile, at most
+CHANNELS = 8  # of a tile of planes, if they are long enough
+TILES = 256  # of a program, at most: what a lane adds in float32
+TEAM = 16  # splits whose sums one program adds without a team
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
-PROGRAMS = 1024  # programs, about, that share the tiles of a tensor
-WIDE = 2**31 - TILE  # values that offsets of 32 bits reach
+WIDE = 2**31 - 2**25  # values that offsets of 32 bits reach, those of a program's next tile past the end included
 
 INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
 
@@ -35,6 +37,33 @@ def takes(x: Tensor) -> bool:
     """Whether the kernels can read x (N, C, *) as it lies in memory, and nothing watches the operators that they replace."""
     placed = (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.shape[1] > 0
     return placed and is_plain(x) and (x.is_contiguous() or is_channels_last(x)) and not is_watched()
+
+
+def problem(device: str = "cuda") -> str | None:
+    """Why nothing can be compiled and run on the GPU of this machine, if it has one."""
+    if not torch.cuda.is_available() and device == "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "they were never run on an AMD GPU"
+    try:
+        moments(torch.zeros(1, 1, device=device))
+    except Exception as error:  # whatever a compiler, a linker or a driver raises
+        return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return None
+
+
+class Share(NamedTuple):
+    """How a function shares out a tensor. Found on an H200: benchmarks/README.md."""
+
+    tile: int  # values of a tile, at most
+    row: int  # bytes of a tile that are one piece of a row of channels
+    programs: int  # about, that share the tiles
+
+
+# Eight programs, or four of twice the values, on each multiprocessor of an H100 or H200. What programs of sums leave for the
+# last one is less if there are few of them, and each has few channels.
+SUMS = {True: Share(2048, 64, 528), False: Share(1024, 0, 1056)}  # by whether channels are contiguous
+ELEMENTS = {True: Share(1024, 128, 1056), False: Share(1024, 0, 1056)}
 
 
 class Tiles(NamedTuple):
@@ -47,54 +76,88 @@ class Tiles(NamedTuple):
     BLOCK_C: int
 
 
-@functools.cache
-def _tiles(c: int, s: int, dtype: torch.dtype, is_wide: bool, tile: int) -> Tiles:
+def _tiles(c: int, s: int, itemsize: int, is_wide: bool, share: Share) -> Tiles:
     """Static, so that all ranks compile the same. In small planes a thread has values, and so registers, of many channels."""
-    channels, plane = triton.next_power_of_2(c), triton.next_power_of_2(s)
+    channels, plane, tile = triton.next_power_of_2(c), triton.next_power_of_2(s), share.tile
     if s == 1:
-        block_c = min(channels, 64 if dtype == torch.float32 else 128, tile)
+        block_c = min(channels, share.row // itemsize, tile)
         return Tiles(True, is_wide, math.gcd(c, 16), tile // block_c, block_c)
-    block_p = min(plane, max(tile // 8, tile // channels))
-    values = tile if plane >= tile // 16 else tile // 2
+    block_p = min(plane, max(tile // CHANNELS, tile // channels))
+    values = tile if plane > tile // 16 else tile // 2
     return Tiles(False, is_wide, math.gcd(s, 16), block_p, min(channels, max(1, values // block_p), 256))
 
 
 class Plan(NamedTuple):
     """The launch of a kernel over the tiles of a tensor."""
 
-    numbers: tuple[int, int, int, int, int]  # N, C, S, tiles, splits
+    numbers: tuple[int, int, int, int, int, int]  # N, C, S, tiles, splits, and how many of them are a team
     cut: Tiles
-    blocks: int  # of channels
+    grid: tuple[int, int, int]
+    counters: int  # of those that have arrived
+    partials: int  # rows of partial sums
 
 
-def _plan(x: Tensor) -> Plan:
-    n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
-    cut = _tiles(c, s, x.dtype, x.numel() >= WIDE, TILE)
+@functools.lru_cache(4096)
+def _planned(n: int, c: int, s: int, itemsize: int, share: Share, wide: int) -> Plan:
+    cut = _tiles(c, s, itemsize, n * c * s >= wide, share)
     blocks = -(-c // cut.BLOCK_C)
     tiles = -(-n // cut.BLOCK_P) if cut.IS_ROWS else n * -(-s // cut.BLOCK_P)
-    return Plan((n, c, s, tiles, max(1, min(tiles, PROGRAMS // blocks))), cut, blocks)
+    splits = max(1, min(tiles, share.programs // blocks), -(-tiles // TILES))
+    team = splits if splits <= TEAM else math.isqrt(splits - 1) + 1
+    teams = -(-splits // team)
+    rows, counters = (splits + teams, blocks * (1 + teams)) if splits > 1 else (0, 0)
+    return Plan((n, c, s, tiles, splits, team), cut, (blocks * splits, 1, 1), counters, rows)
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+def _plan(x: Tensor, shares: dict[bool, Share]) -> Plan:
+    n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
+    return _planned(n, c, s, x.itemsize, shares[s == 1], WIDE)
 
 
-def _arrived(x: Tensor, blocks: int) -> Tensor:
-    """(blocks,) int32 zeros, of the stream's own: the kernels put them back. A graph gets its own, zeroed at each replay."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(blocks, dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
-    if key not in _counters or len(_counters[key]) < blocks:
-        _counters[key] = torch.zeros(max(blocks, 4096), dtype=torch.int32, device=x.device)
-    return _counters[key]
+class Workspace(NamedTuple):
+    """What the sums on a stream need, one after another."""
+
+    counters: Tensor  # int32 zeros, which the kernels put back
+    partials: Tensor  # float64
+    sizes: tuple[int, int]
+
+
+_workspaces: dict[tuple[int, int], Workspace] = {}  # by device and stream
+
+
+def _workspace(x: Tensor, counters: int, partials: int) -> Workspace:
+    """Of the current stream, at least as large. A graph gets its own, zeroed at each replay."""
+    device = x.get_device()
+    captured = device >= 0 and torch.cuda.is_current_stream_capturing()
+    key = device, _stream(device)
+    found = None if captured else _workspaces.get(key)
+    if found is None or found.sizes[0] < counters or found.sizes[1] < partials:
+        sizes = (counters, partials) if captured else (max(counters, 2**12), max(partials, 2**18))
+        zeros = torch.zeros(sizes[0], dtype=torch.int32, device=x.device)
+        found = Workspace(zeros, torch.empty(sizes[1], dtype=torch.float64, device=x.device), sizes)
+        if not captured:
+            _workspaces[key] = found
+    return found
+
+
+def _stream(device: int) -> int:
+    """The address of the current stream of a GPU, and of a CPU, which has none, 0."""
+    return torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+
+
+def _is_elsewhere(device: int) -> bool:
+    """Whether another device is the current one."""
+    return device >= 0 and device != torch._C._cuda_getDevice()
 
 
 def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, constants: tuple[bool, ...] = ()) -> None:
     """Launch a kernel of sums with what the splits of a sum need."""
-    plan = _plan(x)
-    splits = plan.numbers[-1]
-    partials = torch.empty(splits if splits > 1 else 0, 2, x.shape[1], dtype=torch.float64, device=x.device)
-    arrived = _arrived(x, plan.blocks if splits > 1 else 0)
-    _launch(kernel, x, plan, (*arguments, partials, arrived), constants=constants)
+    if _is_elsewhere(x.get_device()):
+        with torch.cuda.device(x.device):
+            return _sums(kernel, x, *arguments, constants=constants)
+    plan = _plan(x, SUMS)
+    counters, partials, _ = _workspace(x, plan.counters, 2 * plan.numbers[1] * plan.partials)
+    return _launch(kernel, x, plan, (*arguments, partials, counters), constants=constants)
 
 
 # What Triton compiled, by all that it compiles for, the size of integers included.
@@ -109,18 +172,22 @@ def _launch(
     floats: tuple[float, ...] = (),
     constants: tuple[bool, ...] = (),
 ) -> None:
-    """Launch a kernel over the tiles of x, on its device."""
-    numbers, cut, blocks = plan
-    arguments = (*tensors, *floats, *numbers, *constants, *cut)
-    grid = (blocks * numbers[-1], 1, 1)
-    looks = tuple(None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
-    key = (kernel.__name__, x.device, looks, numbers[0] >= 2**31, constants, cut)
-    with torch.cuda.device_of(x):
-        known = _compiled.get(key)
-        if known is None:
-            _compiled[key] = kernel[grid](*arguments, **OPTIONS)
-        else:
-            known[grid](*arguments)
+    """Launch a kernel over the tiles of x, on its device and the current stream."""
+    device = x.get_device()
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            return _launch(kernel, x, plan, tensors, floats, constants)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    looks = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+    odd = tuple([pointer is None or pointer % 16 == 0 for pointer in pointers])
+    key = (kernel.__name__, device, looks, odd, plan.numbers[0] >= 2**31, constants, plan.cut)
+    known = _compiled.get(key)
+    others = (*floats, *plan.numbers, *constants, *plan.cut)
+    if known is None:
+        _compiled[key] = kernel[plan.grid](*tensors, *others, **OPTIONS)
+    else:  # addresses, of which Triton would ask the driver where they are if they were tensors
+        known[plan.grid](*pointers, *others, stream=_stream(device))
+    return None
 
 
 def _is_vector(value: Tensor) -> bool:
@@ -135,6 +202,7 @@ def _vector(value: Tensor | None) -> Tensor | None:
     return torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
 
 
+@functools.lru_cache(256)
 def _pair(value: float) -> tuple[float, float]:
     """A float as the sum of two that float32 holds, as Triton passes them."""
     if not math.isfinite(value):
@@ -165,7 +233,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     _launch(
         programs.normalize,
         x,
-        _plan(x),
+        _plan(x, ELEMENTS),
         (x, y, added, message, saved.statistics, *vectors),
         (*_pair(eps), *_pair(momentum or 0.0)),
         (relu, momentum is None),
@@ -193,5 +261,5 @@ def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tens
     dx = torch.empty_like(x)
     if x.numel():
         given = (like(dy, x), x, dx, message, saved.statistics, _vector(saved.weight), _vector(saved.bias))
-        _launch(programs.input_gradient, x, _plan(x), given, constants=(saved.relu and saved.y is None,))
+        _launch(programs.input_gradient, x, _plan(x, ELEMENTS), given, constants=(saved.relu and saved.y is None,))
     return dx
