@@ -253,8 +253,12 @@ def test_nothing_compiles_for_a_gpu_that_they_were_never_run_on(monkeypatch):
     assert "AMD" in in_triton().problem("cpu")
 
 
+SHARED = [(2, 3, 1), (7, 2048, 49), (2**27, 16, 1), (3, 16, 2**26)]
+SHARED += [(1, 1, 2**31), (2**31 - 1, 1, 1), (2**31 - 4096, 1, 1), (2**31 - 2**25 - 1, 1, 1)]
+
+
 @pytest.mark.parametrize("contiguous_channels", [True, False])
-@pytest.mark.parametrize("shape", [(2, 3, 1), (7, 2048, 49), (2**27, 16, 1), (3, 16, 2**26), (1, 1, 2**31), (2**31 - 1, 1, 1)])
+@pytest.mark.parametrize("shape", SHARED)
 def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
     """Every tile is somebody's, nobody adds too many in float32, teams are whole, and offsets reach beyond the last tile."""
     kernels = in_triton()
@@ -271,7 +275,7 @@ def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
         assert max(team, teams) <= max(kernels.TEAM, math.ceil(math.sqrt(splits)))
         assert splits == 1 or (plan.counters, plan.partials) == (blocks * (1 + teams), splits + teams)
         if not cut.IS_WIDE:
-            assert n * c * s + (1 + splits) * cut.BLOCK_P * cut.BLOCK_C < 2**31
+            assert n * c * s + (1 + splits) * cut.BLOCK_P * cut.BLOCK_C < 2**31, "a program looks at the tile after its last"
 
 
 def what_triton_looks_at(parameter, value):
