@@ -71,6 +71,36 @@ def test_a_row_for_each_way_and_form(tmp_path, capsys):
     assert max(x) < 1
 
 
+@needs_library
+def test_what_a_gpu_takes_is_timed_pass_by_pass(monkeypatch):
+    """Its columns, by the clock of a CPU in place of events."""
+    asked = []
+    real = fused.layer_cuda.interleaved
+
+    def interleaved(passes, repeats, device, clock):
+        asked.append(list(passes))
+        found = real(passes, repeats, CPU, lambda run: fused.layer_cuda.clock(CPU)(run))
+        return {name: one._replace(ahead=[True, False]) for name, one in found.items()}
+
+    monkeypatch.setattr(fused.layer_cuda, "interleaved", interleaved)
+    monkeypatch.setattr(fused, "clock", lambda device: None)
+    monkeypatch.setattr(fused, "peak", lambda step, device: 1)
+    ways = {name: fused.WAYS[name] for name in (fused.BASE, "syncbn, fused")}
+
+    class Cuda:
+        type = "cuda"
+
+    monkeypatch.setattr(fused, "leaves_of", lambda case, form, device, real=fused.leaves_of: real(case, form, CPU))
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    found = fused.measure(CASE, "add relu", ways, 2, Cuda())
+    assert asked == [list(ways)]
+    for row in found:
+        assert (row["host_ahead"], row["device"]) == (0.5, "cuda")
+        over = row["device_microseconds_median"] / found[0]["device_microseconds_median"]
+        assert row["device_ratio"] == pytest.approx(over, rel=0.05)
+    assert "on the device" in fused.summary([row | {"heap": "as it is"} for row in found])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path):
     assert main(["bench", "fused", "--device", "cuda", "--quick", "--repeats", "2", "--results", str(tmp_path)]) == 0

@@ -3,7 +3,8 @@
 Requirements
     - ours synchronizes with itself, in one module and in several: its whole path but the collective;
     - all ways of a case run in turn, in one process, on the same values; every one of them passed the equality check;
-    - a way that cannot run here is named with the reason.
+    - a way that cannot run here is named with the reason;
+    - on a GPU both passes are timed on the device too, from a flushed L2 (see device_time.py).
 """
 
 import argparse
@@ -18,12 +19,13 @@ from tqdm import tqdm
 
 from .. import kernels
 from ..doctor.finding import table
-from . import agreement, peers, rows
+from . import agreement, layer_cuda, peers, rows
 from .cases import Case, chosen
+from .device_time import clock
 from .memory import keep_heap, peak
 from .rows import Row
 from .run import say
-from .timing import columns, geometric_mean, interleaved
+from .timing import columns, geometric_mean, interleaved, microseconds, quartiles, ratio
 
 FORMS = ("relu", "add relu")
 KEYS = ("way", "form", "dtype", "layout", "threads")
@@ -76,12 +78,13 @@ def run(options: argparse.Namespace) -> int:
     measured: list[Row] = []
     name = "fused" if device.type == "cpu" else f"fused_{device.type}"
     heap = "kept" if device.type == "cpu" and keep_heap() else "as it is"
+    versions = rows.accelerator(device) if device.type == "cuda" else {}
     before = torch.get_num_threads()
     try:
         for case in tqdm(chosen(options), "fused", unit=" cases", disable=None, dynamic_ncols=True):
             torch.set_num_threads(case.threads)
             for form in FORMS:
-                measured += [row | {"heap": heap} for row in measure(case, form, ways, options.repeats, device)]
+                measured += [row | versions | {"heap": heap} for row in measure(case, form, ways, options.repeats, device)]
                 rows.require(name, measured, options.results)
     finally:
         torch.set_num_threads(before)
@@ -103,7 +106,7 @@ class Leaves(NamedTuple):
 
 
 def leaves_of(case: Case, form: str, device: torch.device) -> Leaves:
-    x, dy = (tensor.to(device) for tensor in case.tensors())
+    x, dy = case.tensors(device)
     residual = torch.empty_like(dy).copy_(dy.flip(0)).requires_grad_() if form == "add relu" else None
     return Leaves(x.requires_grad_(), residual, dy)
 
@@ -123,8 +126,14 @@ def measure(case: Case, form: str, ways: Mapping[str, Way], repeats: int, device
             require(f"{name}, {form}, {case.name}, {case.layout}", module, layer, leaves, case.dtype)
     steps = {name: _step(ways[name], module, leaves) for name, module in made.items()}
     held = {name: peak(step, device) for name, step in steps.items()}
-    taken = interleaved(steps, repeats * (4 if case.small else 1), device, warm_up=2)
-    return [_row(case, form, name, taken, held, device) for name in names]
+    repeats *= 4 if case.small else 1
+    if device.type == "cpu":
+        taken = interleaved(steps, repeats, device, warm_up=2)
+        return [_row(case, form, name, taken, held, device) for name in names]
+    passes = {name: _passes(ways[name], module, leaves) for name, module in made.items()}
+    found = layer_cuda.interleaved(passes, repeats, device, clock(device))
+    taken = {name: one.step for name, one in found.items()}
+    return [_row(case, form, name, taken, held, device) | _on_device(found[name], found[BASE]) for name in names]
 
 
 def _made(way: Way, layer: nn.Module) -> nn.Module:
@@ -152,6 +161,34 @@ def _step(way: Way, module: nn.Module, leaves: Leaves) -> Callable[[], None]:
 
     run()
     return run
+
+
+def _passes(way: Way, module: nn.Module, leaves: Leaves) -> layer_cuda.Step:
+    """Its forward and its backward, each by itself."""
+    held: list[Tensor] = []
+
+    def forward() -> None:
+        with peers.using(way.peer):
+            held.append(module(*leaves.given))
+
+    def backward() -> None:
+        with peers.using(way.peer):
+            held.pop().backward(leaves.dy)
+
+    def clear() -> None:
+        for value in (*leaves.given, *module.parameters()):
+            value.grad = None
+
+    return layer_cuda.Step(forward, backward, clear)
+
+
+def _on_device(mine: layer_cuda.Taken, base: layer_cuda.Taken) -> Row:
+    """More columns: what both passes take on the device."""
+    return {
+        **{f"device_{key}": value for key, value in microseconds(quartiles(mine.device)).items()},
+        "device_ratio": round(ratio(mine.device, base.device).median, 3),
+        "host_ahead": round(sum(mine.ahead) / len(mine.ahead), 2),
+    }
 
 
 def require(told: str, module: nn.Module, layer: Any, leaves: Leaves, dtype: torch.dtype) -> dict[str, float]:
@@ -200,12 +237,14 @@ def _row(case: Case, form: str, name: str, taken: dict[str, list[float]], held: 
 
 def summary(measured: Sequence[Row]) -> str:
     """Geometric means over the shapes of how much faster a way is than separate modules of ours, which are 1."""
-    lines: list[Sequence[object]] = [(*KEYS, "faster than separate", "best", "worst", "peak memory")]
+    lines: list[Sequence[object]] = [(*KEYS, "faster than separate", "best", "worst", "on the device", "peak memory")]
     for key in dict.fromkeys(tuple(row[name] for name in KEYS) for row in measured):
         of = [row for row in measured if tuple(row[name] for name in KEYS) == key]
         if key[0] == BASE:
             continue
         faster = [1 / row["ratio"] for row in of]
         held = geometric_mean(row["peak_over_separate"] for row in of)
-        lines.append((*key, *(f"{value:.2f}" for value in (geometric_mean(faster), max(faster), min(faster), held))))
+        on_device = [1 / row["device_ratio"] for row in of if "device_ratio" in row]
+        cells = [f"{value:.2f}" for value in (geometric_mean(faster), max(faster), min(faster))]
+        lines.append((*key, *cells, f"{geometric_mean(on_device):.2f}" if on_device else "-", f"{held:.2f}"))
     return table(lines)
