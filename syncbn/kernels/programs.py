@@ -34,15 +34,13 @@ def moments(
 ):
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, block, channel = place(c, BLOCK_C)
-    offset, valid = tile(part, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
-    ahead = tl.load(x + offset, mask=valid, other=0.0)  # a tile is on its way while another is added
     pivot = once(pivot_of(x, channel, n, c, s, IS_WIDE))
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in range(part, tiles, splits):
-        centered = tl.where(valid, ahead.to(tl.float32) - pivot[None, :], 0.0)
-        offset, valid = tile(t + splits, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
-        ahead = tl.load(x + offset, mask=valid, other=0.0)
+    for t in tl.range(part, tiles, splits, num_stages=4):  # three tiles are on their way while one is added
+        offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+        value = tl.load(x + offset, mask=valid, other=0.0)
+        centered = tl.where(valid, value.to(tl.float32) - pivot[None, :], 0.0)
         first += centered
         second += centered * centered
     s1, s2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
@@ -84,26 +82,23 @@ def gradient_sums(
 ):
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, block, channel = place(c, BLOCK_C)
-    offset, valid = tile(part, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
-    dy_ahead, x_ahead = tl.load(dy + offset, mask=valid, other=0.0), tl.load(x + offset, mask=valid, other=0.0)
     mu = tl.load(statistics + channel, mask=channel < c, other=0.0)
     inv = tl.load(statistics + c + channel, mask=channel < c, other=0.0)
     hi, lo, scale, shift = coefficients(mu, inv, weight, bias, channel, c)
     hi, lo, scale, shift = once(hi), once(lo.to(tl.float32)), once(scale.to(tl.float32)), once(shift)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in range(part, tiles, splits):
-        gradient, value = dy_ahead.to(tl.float32), x_ahead.to(tl.float32)
+    for t in tl.range(part, tiles, splits, num_stages=3):
+        offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
+        gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
         if y is not None:
             gradient = passed(gradient, tl.load(y + offset, mask=valid, other=0.0))
             tl.store(passed_dy + offset, gradient, mask=valid)
         if RELU:
             gradient = passed(gradient, apply(value, hi, scale, shift).to(x.dtype.element_ty))
-        product = tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
-        offset, valid = tile(t + splits, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
-        dy_ahead, x_ahead = tl.load(dy + offset, mask=valid, other=0.0), tl.load(x + offset, mask=valid, other=0.0)
         first += gradient
-        second += product
+        second += tl.where(valid, gradient * (value - hi[None, :] - lo[None, :]), 0.0)
     g1, g2 = tl.sum(first.to(tl.float64), 0), tl.sum(second.to(tl.float64), 0)
     g1, g2, last = merge(g1, g2, partials, arrived, part, block, channel, c, splits, team)
     if last:
