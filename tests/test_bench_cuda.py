@@ -16,6 +16,7 @@ import cuda_operators
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch import nn
 from torch.autograd import DeviceType
 
@@ -593,6 +594,21 @@ def test_pictures_are_drawn_from_rows_alone(tmp_path, monkeypatch, capsys):
             name == "merge",
         ]
     assert "to draw layer.png from" in capsys.readouterr().err
+
+
+def test_no_point_lies_outside_of_its_picture(tmp_path):
+    """Ratios on the device are tenths of those by the clock, on an axis that both share."""
+    invented(tmp_path, 1.0)
+    recorded = read(tmp_path / "layer_cuda.csv")
+    for row in recorded:
+        row["device_over_torch_sync"] = row["over_torch_sync"] and str(0.1 * float(row["over_torch_sync"]))
+    figure = Figure()
+    draw_layer_cuda.draw_layer_cuda(figure, recorded)
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        values = [value for line in axes.get_lines() if line.get_marker() != "None" for value in line.get_ydata()]
+        assert len(values) > 100
+        assert low <= min(values) <= max(values) <= high
 
 
 def test_without_a_gpus_rows_its_pictures_are_not_missed(tmp_path, capsys, monkeypatch):

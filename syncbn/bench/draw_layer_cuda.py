@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .draw_layer import COLORS, TICKS
+from .draw_layer import COLORS
 from .layer_cuda_summary import TARGETS
 from .rows import origin
 
@@ -22,6 +22,7 @@ VARIANTS = {
     "torch-inductor": ("#9a9a9a", "nn.BatchNorm, local, torch.compile"),
 }
 MARKERS = {"contiguous": "o", "channels_last": "s", "rows": "^", "contiguous 3d": "D", "channels_last 3d": "P"}
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 TIMES = {
     "over_torch_sync": "a step by the clock, host and waits included",
     "device_over_torch_sync": "on the device, the host ahead",
@@ -33,9 +34,11 @@ def draw_layer_cuda(figure: Figure, recorded: Sequence[Text]) -> None:
     figure.set_size_inches(15, 10)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for number, (column, told) in enumerate(TIMES.items()):
+        axes[0, number].set_yscale("log")
         _points(axes[0, number], [row for row in recorded if row["variant"] != "torch-sync"], column)
-        _ratios(axes[0, number])
         axes[0, number].set_title(told, loc="left", fontsize=10)
+    for number in range(len(TIMES)):  # once both have all their points, since they share the axis
+        _ratios(axes[0, number])
     for number, (part, target) in enumerate(TARGETS.items()):
         _points(axes[1, number], recorded, f"{part}_of_copy")
         axes[1, number].axhline(target, color="#2a9d8f", linewidth=1.2, linestyle=(0, (5, 2)))
@@ -85,8 +88,7 @@ def _size(value: float, _: object = None) -> str:
 
 
 def _ratios(axes: Axes) -> None:
-    """Log, the part below 1 in green."""
-    axes.set_yscale("log")
+    """The part below 1 in green."""
     low, high = axes.get_ylim()
     low, high = min(0.4, low), max(2.0, high)
     axes.set_ylim(low, high)
