@@ -436,6 +436,19 @@ def test_a_step_of_the_network(operators, brief, tmp_path, capsys):
     assert "over torch-sync" in capsys.readouterr().out
 
 
+def test_what_was_measured_before_an_interruption_is_kept(operators, brief, tmp_path, monkeypatch):
+    monkeypatch.setattr(resnet50, "SETTINGS", resnet50.SETTINGS * 2)
+    measured = resnet50.measure
+    once = iter([measured])
+
+    def measure(*arguments):
+        return next(once, mock.Mock(side_effect=KeyboardInterrupt))(*arguments)
+
+    monkeypatch.setattr(resnet50, "measure", measure)
+    assert main(["bench", *NETWORK.split(), "--results", str(tmp_path)]) == 130
+    assert len(read(tmp_path / "resnet50.csv")) >= 4
+
+
 def test_under_autocast_activations_are_bfloat16():
     halves, whole, _ = resnet50.SETTINGS
     layer, x = nn.Linear(2, 2), torch.ones(1, 2)

@@ -5,7 +5,8 @@ Requirements
     - all variants train the same images from the same weights, and take turns, step by step;
     - before any time is taken, and in a world of one, gradients and running statistics are as near to float64 as twice those of
       torch's layer, or to ALLOWED, whatever the convolutions round to;
-    - a step is forward, backward and SGD by the clock, between two synchronisations with the device.
+    - a step is forward, backward and SGD by the clock, between two synchronisations with the device;
+    - the rows of a setting are written as soon as it is measured; one that fails its check has none.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from .fake_world import RANKS, fake_world
 from .network import replace, resnet50
 from .peers import TORCH, TORCH_SYNC, runnable
 from .rows import Row
+from .run import say
 from .step import state
 from .timing import Quartiles, order, quartiles, ratio
 
@@ -78,14 +80,21 @@ def run(options: argparse.Namespace) -> int:
     names = runnable(VARIANTS, device)
     versions = rows.accelerator(device)
     measured: list[Row] = []
+    wrong = 0
     for images in options.images:
         for setting in tqdm(SETTINGS, f"{images} images", unit=" settings", disable=None):
-            found = measure(names, setting, images, options.width, options.size, options.repeats, device)
-            measured += [row | versions for row in found]
-            rows.require("resnet50", measured, options.results)
-    print(shown(measured))
-    print(rows.said(rows.append("resnet50", measured, options.results, options.device)))
-    return 0
+            try:
+                found = measure(names, setting, images, options.width, options.size, options.repeats, device)
+            except DisagreementError as error:
+                wrong = say(f"{error}; its setting is not reported")
+                continue
+            found = [row | versions for row in found]
+            path = rows.append("resnet50", found, options.results, options.device)
+            measured += found
+    if measured:
+        print(shown(measured))
+        print(rows.said(path))
+    return wrong
 
 
 def measure(
