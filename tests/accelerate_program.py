@@ -4,11 +4,13 @@ accelerate launch ... accelerate_program.py DIRECTORY [CASE ...]
 """
 
 import importlib.util
+import os
 import sys
 import warnings
 from pathlib import Path
 from unittest import mock
 
+import nccl_ranks
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -162,6 +164,9 @@ def trainer(directory: Path) -> dict:
 def main() -> None:
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
+    if torch.cuda.is_available():  # where there are fewer GPUs than ranks, some share one
+        rank, size, gpus = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
+        os.environ.update(nccl_ranks.settings(rank, size, gpus, torch.cuda.nccl.version()), LOCAL_RANK=str(rank % gpus))
     cases = [plain, accumulated, uneven, *([trainer] if importlib.util.find_spec("transformers") else [])]
     if sys.argv[2:]:
         cases = [case for case in cases if case.__name__ in sys.argv[2:]]

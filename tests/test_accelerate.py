@@ -139,7 +139,7 @@ def test_join_uneven_inputs_takes_our_join(found):
     assert_trained_unevenly([rank["uneven"] for rank in found])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs 2 GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_join_uneven_inputs_on_gpus(tmp_path):
     assert_trained_unevenly([rank["uneven"] for rank in launch(tmp_path, {}, "uneven")])
 
