@@ -88,7 +88,7 @@ def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31, tea
         monkeypatch.setattr(kernels, shares, dict.fromkeys((True, False), kernels.Share(tile, 64, programs)))
     monkeypatch.setattr(kernels, "WIDE", wide)
     monkeypatch.setattr(kernels, "TEAM", team)
-    kernels._planned.cache_clear()
+    monkeypatch.setattr(kernels, "_plans", functools.cache(kernels._plans.__wrapped__))
     return kernels
 
 
@@ -264,16 +264,16 @@ def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
     kernels = in_triton()
     n, c, s = (shape[0] * shape[2], shape[1], 1) if contiguous_channels else shape
     for shares, itemsize in itertools.product((kernels.SUMS, kernels.ELEMENTS), (2, 4)):
-        plan = kernels._planned(n, c, s, itemsize, shares[s == 1], kernels.WIDE)
-        *_, tiles, splits, team = plan.numbers
+        plan = kernels._planned(n, c, s, itemsize, shares[s == 1])
+        *_, tiles, splits = plan.numbers
         cut, blocks = plan.cut, math.ceil(c / plan.cut.BLOCK_C)
         positions = tiles * cut.BLOCK_P if cut.IS_ROWS else tiles // n * cut.BLOCK_P
         assert (n if cut.IS_ROWS else s) <= positions < (n if cut.IS_ROWS else s) + cut.BLOCK_P
         assert plan.grid == (blocks * splits, 1, 1)
         assert math.ceil(tiles / splits) <= kernels.TILES
-        teams = math.ceil(splits / team)
-        assert max(team, teams) <= max(kernels.TEAM, math.ceil(math.sqrt(splits)))
-        assert splits == 1 or (plan.counters, plan.partials) == (blocks * (1 + teams), splits + teams)
+        teams = math.ceil(splits / plan.team)
+        assert max(plan.team, teams) <= max(kernels.TEAM, math.ceil(math.sqrt(splits)))
+        assert splits == 1 or (plan.counters, plan.partials) == (blocks * (1 + teams), 2 * c * (splits + teams))
         if not cut.IS_WIDE:
             assert n * c * s + (1 + splits) * cut.BLOCK_P * cut.BLOCK_C < 2**31, "a program looks at the tile after its last"
 
@@ -319,9 +319,9 @@ def compiled(monkeypatch):
     stand_ins = [Program(getattr(kernels.programs, name)) for name in FUNCTIONS]
     launch = kernels._launch
 
-    def watched(program, x, plan, tensors, floats=(), constants=()):
-        program.given = (*tensors, *floats, *plan.numbers, *constants, *plan.cut)
-        launch(program, x, plan, tensors, floats, constants)
+    def watched(program, x, plan, tensors, more=(), constants=()):
+        program.given = (*tensors, *more, *plan.numbers, *constants, *plan.cut)
+        launch(program, x, plan, tensors, more, constants)
 
     monkeypatch.setattr(kernels, "_launch", watched)
     for program in stand_ins:
@@ -373,14 +373,15 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
         step(x, Affine(vector, vector, 1, fused != "none", residual), running)
     assert min(compiled()) > 10
     monkeypatch.setattr(in_triton(), "WIDE", 0)
+    monkeypatch.setattr(in_triton(), "_plans", functools.cache(in_triton()._plans.__wrapped__))
     for n in (2**31 - 1, 2**31):
         monkeypatch.setattr(in_triton(), "planes", lambda x, n=n: (n, 1, 1))
         step(torch.empty(6, 1))
 
 
-SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32", "team": "i32"}
+SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}
 STATISTICS = {"message": "*fp64", "statistics": "*fp64"}
-MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32"}
+MERGE = {"message": "*fp64", "partials": "*fp64", "arrived": "*i32", "team": "i32"}
 FLOATS = dict.fromkeys(("eps", "eps_rest", "momentum", "momentum_rest"), "fp32")
 VECTORS = ("weight", "bias", "running_mean", "running_var")
 OPTIONAL = (*VECTORS, "tracked", "residual", "y", "passed_dy")

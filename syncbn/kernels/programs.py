@@ -20,12 +20,12 @@ def moments(
     message,  # (2C+1,) float64
     partials,  # (splits + teams, 2, C) float64
     arrived,  # (blocks of channels, 1 + teams) int32, 0 before and after
+    team,
     n,
     c,
     s,
     tiles,
     splits,
-    team,
     IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -67,12 +67,12 @@ def gradient_sums(
     dbias,  # (C,)
     partials,  # (splits + teams, 2, C) float64
     arrived,  # (blocks of channels, 1 + teams) int32, 0 before and after
+    team,
     n,
     c,
     s,
     tiles,
     splits,
-    team,
     RELU: tl.constexpr,  # goes by x
     IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,
@@ -130,7 +130,6 @@ def normalize(
     s,
     tiles,
     splits,
-    team,
     RELU: tl.constexpr,
     IS_CUMULATIVE: tl.constexpr,  # the momentum is 1 / tracked, which has been counted up before
     IS_ROWS: tl.constexpr,
@@ -189,7 +188,6 @@ def input_gradient(
     s,
     tiles,
     splits,
-    team,
     RELU: tl.constexpr,  # goes by x
     IS_ROWS: tl.constexpr,
     IS_WIDE: tl.constexpr,

@@ -90,28 +90,36 @@ def _tiles(c: int, s: int, itemsize: int, is_wide: bool, share: Share) -> Tiles:
 class Plan(NamedTuple):
     """The launch of a kernel over the tiles of a tensor."""
 
-    numbers: tuple[int, int, int, int, int, int]  # N, C, S, tiles, splits, and how many of them are a team
+    numbers: tuple[int, int, int, int, int]  # N, C, S, tiles, splits
     cut: Tiles
     grid: tuple[int, int, int]
-    counters: int  # of those that have arrived
-    partials: int  # rows of partial sums
+    team: int  # splits, of which one program adds the sums
+    counters: int  # of the programs that have arrived, one for each team and one for all teams, by block of channels
+    partials: int  # float64 values of partial sums
 
 
-@functools.lru_cache(4096)
-def _planned(n: int, c: int, s: int, itemsize: int, share: Share, wide: int) -> Plan:
-    cut = _tiles(c, s, itemsize, n * c * s >= wide, share)
+class Plans(NamedTuple):
+    """Of the functions that add and of those that do not."""
+
+    sums: Plan
+    elements: Plan
+
+
+def _planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
+    cut = _tiles(c, s, itemsize, n * c * s >= WIDE, share)
     blocks = -(-c // cut.BLOCK_C)
     tiles = -(-n // cut.BLOCK_P) if cut.IS_ROWS else n * -(-s // cut.BLOCK_P)
     splits = max(1, min(tiles, share.programs // blocks), -(-tiles // TILES))
     team = splits if splits <= TEAM else math.isqrt(splits - 1) + 1
     teams = -(-splits // team)
-    rows, counters = (splits + teams, blocks * (1 + teams)) if splits > 1 else (0, 0)
-    return Plan((n, c, s, tiles, splits, team), cut, (blocks * splits, 1, 1), counters, rows)
+    counters, rows = (blocks * (1 + teams), splits + teams) if splits > 1 else (0, 0)
+    return Plan((n, c, s, tiles, splits), cut, (blocks * splits, 1, 1), team, counters, 2 * c * rows)
 
 
-def _plan(x: Tensor, shares: dict[bool, Share]) -> Plan:
-    n, c, s = planes(x) if x.numel() else (0, x.shape[1], 1)
-    return _planned(n, c, s, x.itemsize, shares[s == 1], WIDE)
+@functools.lru_cache(4096)
+def _plans(n: int, c: int, s: int, itemsize: int) -> Plans:
+    n, s = (n, s) if n * s else (0, 1)
+    return Plans(*(_planned(n, c, s, itemsize, shares[s == 1]) for shares in (SUMS, ELEMENTS)))
 
 
 class Workspace(NamedTuple):
@@ -155,9 +163,9 @@ def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, constants: tuple[bo
     if _is_elsewhere(x.get_device()):
         with torch.cuda.device(x.device):
             return _sums(kernel, x, *arguments, constants=constants)
-    plan = _plan(x, SUMS)
-    counters, partials, _ = _workspace(x, plan.counters, 2 * plan.numbers[1] * plan.partials)
-    return _launch(kernel, x, plan, (*arguments, partials, counters), constants=constants)
+    plan = _plans(*planes(x), x.itemsize).sums
+    counters, partials, _ = _workspace(x, plan.counters, plan.partials)
+    return _launch(kernel, x, plan, (*arguments, partials, counters), (plan.team,), constants)
 
 
 # What Triton compiled, by all that it compiles for, the size of integers included.
@@ -169,20 +177,20 @@ def _launch(
     x: Tensor,
     plan: Plan,
     tensors: tuple[Tensor | None, ...],
-    floats: tuple[float, ...] = (),
+    more: tuple[float, ...] = (),
     constants: tuple[bool, ...] = (),
 ) -> None:
     """Launch a kernel over the tiles of x, on its device and the current stream."""
     device = x.get_device()
     if _is_elsewhere(device):
         with torch.cuda.device(device):
-            return _launch(kernel, x, plan, tensors, floats, constants)
+            return _launch(kernel, x, plan, tensors, more, constants)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     looks = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
     odd = tuple([pointer is None or pointer % 16 == 0 for pointer in pointers])
     key = (kernel.__name__, device, looks, odd, plan.numbers[0] >= 2**31, constants, plan.cut)
     known = _compiled.get(key)
-    others = (*floats, *plan.numbers, *constants, *plan.cut)
+    others = (*more, *plan.numbers, *constants, *plan.cut)
     if known is None:
         _compiled[key] = kernel[plan.grid](*tensors, *others, **OPTIONS)
     else:  # addresses, of which Triton would ask the driver where they are if they were tensors
@@ -233,7 +241,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     _launch(
         programs.normalize,
         x,
-        _plan(x, ELEMENTS),
+        _plans(*planes(x), x.itemsize).elements,
         (x, y, added, message, saved.statistics, *vectors),
         (*_pair(eps), *_pair(momentum or 0.0)),
         (relu, momentum is None),
@@ -247,7 +255,7 @@ def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
     statistics, weight, bias, y, relu = saved
     c, dtype = x.shape[1], torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
     passed = None if y is None else torch.empty_like(x)
-    dweight, dbias = (statistics.new_empty(c, dtype=dtype) for _ in range(2))
+    dweight, dbias = statistics.new_empty(c, dtype=dtype), statistics.new_empty(c, dtype=dtype)
     sums = GradientSums(statistics.new_empty(2 * c), dweight, dbias, passed)
     by_y = None if y is None else like(y, x)
     by_x = relu and y is None
@@ -261,5 +269,11 @@ def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tens
     dx = torch.empty_like(x)
     if x.numel():
         given = (like(dy, x), x, dx, message, saved.statistics, _vector(saved.weight), _vector(saved.bias))
-        _launch(programs.input_gradient, x, _plan(x, ELEMENTS), given, constants=(saved.relu and saved.y is None,))
+        _launch(
+            programs.input_gradient,
+            x,
+            _plans(*planes(x), x.itemsize).elements,
+            given,
+            constants=(saved.relu and saved.y is None,),
+        )
     return dx
