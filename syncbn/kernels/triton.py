@@ -12,6 +12,7 @@ Requirements
 
 import functools
 import math
+import operator
 import struct
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ class Plan(NamedTuple):
 
     numbers: tuple[int, int, int, int, int]  # N, C, S, tiles, splits
     cut: Tiles
+    is_long: bool  # N takes 64 bits
     grid: tuple[int, int, int]
     team: int  # splits, of which one program adds the sums
     counters: int  # of the programs that have arrived, one for each team and one for all teams, by block of channels
@@ -113,7 +115,7 @@ def _planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
     team = splits if splits <= TEAM else math.isqrt(splits - 1) + 1
     teams = -(-splits // team)
     counters, rows = (blocks * (1 + teams), splits + teams) if splits > 1 else (0, 0)
-    return Plan((n, c, s, tiles, splits), cut, (blocks * splits, 1, 1), team, counters, 2 * c * rows)
+    return Plan((n, c, s, tiles, splits), cut, n >= 2**31, (blocks * splits, 1, 1), team, counters, 2 * c * rows)
 
 
 @functools.lru_cache(4096)
@@ -186,9 +188,11 @@ def _launch(
         with torch.cuda.device(device):
             return _launch(kernel, x, plan, tensors, more, constants)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    looks = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
-    odd = tuple([pointer is None or pointer % 16 == 0 for pointer in pointers])
-    key = (kernel.__name__, device, looks, odd, plan.numbers[0] >= 2**31, constants, plan.cut)
+    dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+    odd = None  # which of them 16 bytes do not divide
+    if functools.reduce(operator.or_, filter(None, pointers), 0) % 16:
+        odd = tuple([pointer is not None and pointer % 16 > 0 for pointer in pointers])
+    key = (kernel.__name__, device, dtypes, odd, plan.is_long, constants, plan.cut)
     known = _compiled.get(key)
     others = (*more, *plan.numbers, *constants, *plan.cut)
     if known is None:
