@@ -135,13 +135,13 @@ def compiled() -> Compiled | None:
 
 
 @functools.cache
-def in_triton() -> Compiled | None:
-    """The kernels of CUDA devices; None where Triton is not installed, and, said once in the log, where it does not work."""
+def in_triton(gpu: int | None = None) -> Compiled | None:
+    """The kernels of CUDA devices; None where Triton is not installed and, said once in the log, where it fails on the GPU."""
     try:
         from . import triton
     except ImportError:
         return None
-    problem = triton.problem()
+    problem = None if gpu is None else triton.problem(f"cuda:{gpu}")
     if problem is None:
         return cast(Compiled, triton)
     logging.getLogger("syncbn").warning(
@@ -168,7 +168,7 @@ def pick(x: Tensor) -> Kernels:
         if fast is not None and fast.takes(x):
             return fast
     elif x.is_cuda and x.nbytes >= TRITON_FROM_BYTES:
-        fast = in_triton()
+        fast = in_triton(x.get_device())
         if fast is not None and fast.takes(x):
             return fast
     return composed()

@@ -29,7 +29,7 @@ CHANNELS = 8  # of a tile of planes, if they are long enough
 TILES = 256  # of a program, at most: what a lane adds in float32
 TEAM = 16  # splits whose sums one program adds without a team
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
-WIDE = 2**31 - 2**25  # values that offsets of 32 bits reach, those of a program's next tile past the end included
+WIDE = 2**31 - 2**25  # values that offsets of 32 bits reach, those of a program's next tiles, past the end, included
 
 INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
 
@@ -40,10 +40,8 @@ def takes(x: Tensor) -> bool:
     return placed and is_plain(x) and (x.is_contiguous() or is_channels_last(x)) and not is_watched()
 
 
-def problem(device: str = "cuda") -> str | None:
-    """Why nothing can be compiled and run on the GPU of this machine, if it has one."""
-    if not torch.cuda.is_available() and device == "cuda":
-        return None
+def problem(device: str) -> str | None:
+    """Why nothing can be compiled and run on a GPU, if so."""
     if torch.version.hip is not None:
         return "they were never run on an AMD GPU"
     try:
