@@ -436,6 +436,17 @@ def test_a_step_of_the_network(operators, brief, tmp_path, capsys):
     assert "over torch-sync" in capsys.readouterr().out
 
 
+def test_launches_are_counted_once_for_all_numbers_of_images(operators, brief, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(counts, "of", lambda run, device: (counts.Counts(len(counted), 5, 0, 0), counted.append(run)))
+    command = NETWORK.replace("--images 8", "--images 4 8")
+    assert main(["bench", *command.split(), "--results", str(tmp_path)]) == 0
+    found = read(tmp_path / "resnet50.csv")
+    few, many = ([row for row in found if row["images"] == images] for images in ("4", "8"))
+    assert len(counted) == len(few) == len(many)
+    assert [row["launches"] for row in few] == [row["launches"] for row in many] == [str(n) for n in range(len(few))]
+
+
 def test_what_was_measured_before_an_interruption_is_kept(operators, brief, tmp_path, monkeypatch):
     monkeypatch.setattr(resnet50, "SETTINGS", resnet50.SETTINGS * 2)
     measured = resnet50.measure

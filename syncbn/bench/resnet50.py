@@ -65,6 +65,9 @@ SETTINGS = (
 )
 
 
+Seen = dict[tuple[Setting, str], counts.Counts | None]  # by setting and variant: a profile of a network takes seconds
+
+
 class Training(NamedTuple):
     """One variant of the network; `run` is a step."""
 
@@ -80,11 +83,12 @@ def run(options: argparse.Namespace) -> int:
     names = runnable(VARIANTS, device)
     versions = rows.accelerator(device)
     measured: list[Row] = []
+    seen: Seen = {}
     wrong = 0
     for images in options.images:
         for setting in tqdm(SETTINGS, f"{images} images", unit=" settings", disable=None):
             try:
-                found = measure(names, setting, images, options.width, options.size, options.repeats, device)
+                found = measure(names, setting, images, options.width, options.size, options.repeats, device, seen)
             except DisagreementError as error:
                 wrong = say(f"{error}; its setting is not reported")
                 continue
@@ -98,7 +102,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(
-    names: Sequence[str], setting: Setting, images: int, width: int, size: int, repeats: int, device: torch.device
+    names: Sequence[str],
+    setting: Setting,
+    images: int,
+    width: int,
+    size: int,
+    repeats: int,
+    device: torch.device,
+    seen: Seen,  # launches and waits, which are those of any number of images
 ) -> list[Row]:
     """A row for each variant.
 
@@ -120,7 +131,9 @@ def measure(
             with peers.using(one.name):
                 for _ in range(WARM_UP):
                     one.run()
-                watched[one.name] = memory.peak(one.run, device), counts.of(one.run, device)[0]
+                if (setting, one.name) not in seen:
+                    seen[setting, one.name] = counts.of(one.run, device)[0]
+                watched[one.name] = memory.peak(one.run, device), seen[setting, one.name]
         for repeat in range(repeats):
             for number in order([str(number) for number in range(len(made))], repeat):
                 one = made[int(number)]
