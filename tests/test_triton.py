@@ -229,6 +229,11 @@ def test_cuda_tensors_of_all_sizes_go_by_them():
     assert TRITON_FROM_BYTES == 0
 
 
+@interpreted
+def test_the_trial_of_a_device_is_of_kernels_that_work():
+    assert in_triton().problem("cpu") is None
+
+
 @not_interpreted
 def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch, caplog):
     """As where a machine has no C compiler, which Triton finds out when it launches for the first time."""
@@ -239,7 +244,7 @@ def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch,
         subprocess.run(["no-such-compiler"], check=True)
 
     monkeypatch.setattr(kernels, "moments", moments)
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: device)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: device)
     in_triton.cache_clear()
     try:
         assert [in_triton(3), in_triton(3)] == [None, None]
