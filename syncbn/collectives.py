@@ -7,10 +7,12 @@ Requirements
     - observers see every call, and cost nothing when there are none.
 """
 
+import contextlib
 import datetime
 import weakref
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
@@ -212,6 +214,11 @@ def traced_all_reduce(message: Tensor, call: Call) -> Tensor:
 def post(message: Tensor, group: ProcessGroup) -> Any:
     """Start the all_reduce of a message, in place; the work returned has a wait()."""
     return dist.all_reduce(message, group=group, async_op=True)
+
+
+def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What is posted inside waits for no other stream of a GPU; a CPU has none."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _all_reduce(message: Tensor, call: Call) -> Tensor:

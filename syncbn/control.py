@@ -6,7 +6,6 @@ Requirements
       the same rows, and all raise the same error, which says who is where.
 """
 
-import contextlib
 import hashlib
 import itertools
 import pickle
@@ -237,8 +236,3 @@ def own_group(group: ProcessGroup, device: torch.device) -> tuple[ProcessGroup, 
     made = {ranks: dist.new_group(list(ranks), timeout(group)) for ranks in wanted}[mine]
     dist.all_reduce(torch.zeros(1, device=device), group=made)
     return made, dist.PrefixStore(f"syncbn/{made.group_name}", dist.distributed_c10d._get_default_store())
-
-
-def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What is computed inside waits for no other stream of a GPU; a CPU has none."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()

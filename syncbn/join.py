@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import collectives, observing
 from .accumulation import Calls, is_compiled, move_statistics
 from .collectives import CollectiveError, Group, timeout
-from .control import own_group, stream_of_its_own
+from .control import own_group
 from .module import _Synchronized
 from .observing import Call
 
@@ -267,7 +267,9 @@ class _Shadow(JoinHook):
 
     def _follow(self) -> None:
         try:
-            with stream_of_its_own(self.joined.join_device):  # the wrapper's hooks wait on theirs for what comes after
+            with collectives.stream_of_its_own(
+                self.joined.join_device
+            ):  # the wrapper's hooks wait on theirs for what comes after
                 self._post(self.schedule.follow(self.seconds))
         except BaseException as error:
             self.error = error

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import batches
 import pytest
@@ -19,7 +20,8 @@ from allpairspy import AllPairs
 from batches import Case
 from test_kernels import _moved, check_bits_of_the_relu, over_shares
 
-from syncbn.kernels import TRITON_FROM_BYTES, Affine, Running, aten, in_triton
+import syncbn
+from syncbn.kernels import Affine, Running, aten, in_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(in_triton() is None, reason="needs triton")
@@ -225,8 +227,14 @@ def test_what_lies_otherwise_than_the_kernels_read_it(fused):
         torch.testing.assert_close(got, want)
 
 
-def test_cuda_tensors_of_all_sizes_go_by_them():
-    assert TRITON_FROM_BYTES == 0
+@pytest.mark.parametrize(
+    ("nbytes", "tried", "taken"), [(2, True, True), (2**33, True, True), (2, True, False), (2, False, True)]
+)
+def test_cuda_tensors_of_all_sizes_go_by_them_where_they_can(nbytes, tried, taken, monkeypatch):
+    x = mock.Mock(is_cpu=False, is_cuda=True, nbytes=nbytes, get_device=lambda: 3)
+    fast = mock.Mock(takes=lambda given: given is x and taken)
+    monkeypatch.setattr(syncbn.kernels, "in_triton", lambda gpu: fast if tried and gpu == 3 else None)
+    assert syncbn.kernels.pick(x) is (fast if tried and taken else aten)
 
 
 @interpreted

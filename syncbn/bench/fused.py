@@ -187,7 +187,7 @@ def _on_device(mine: layer_cuda.Taken, base: layer_cuda.Taken) -> Row:
     return {
         **{f"device_{key}": value for key, value in microseconds(quartiles(mine.device)).items()},
         "device_ratio": round(ratio(mine.device, base.device).median, 3),
-        "host_ahead": round(sum(mine.ahead) / len(mine.ahead), 2),
+        "host_ahead": mine.host_ahead,
     }
 
 

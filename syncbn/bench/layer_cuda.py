@@ -62,6 +62,11 @@ class Taken(NamedTuple):
     def device(self) -> list[float]:
         return [one + other for one, other in zip(self.forward, self.backward, strict=True)]
 
+    @property
+    def host_ahead(self) -> float:
+        """In what share of the repetitions."""
+        return round(sum(self.ahead) / len(self.ahead), 2)
+
 
 class Variant(NamedTuple):
     """What was found before times were taken."""
@@ -220,7 +225,7 @@ def _row(
         "backward_of_copy": round(ratio(floor.backward, mine.backward).median, 3),
         **_ratio("device_ratio", ratio(mine.device, base.device)),
         **_ratio("device_over_torch_sync", None if over_sync is None else ratio(mine.device, over_sync.device)),
-        "host_ahead": round(sum(mine.ahead) / len(mine.ahead), 2),
+        "host_ahead": mine.host_ahead,
         **(dict.fromkeys(seen, "") if one.counts is None else one.counts._asdict()),
         "peak_bytes": one.peak,
         "peak_over_torch": round(one.peak / found[TORCH].peak, 3),

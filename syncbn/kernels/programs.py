@@ -88,7 +88,7 @@ def gradient_sums(
     hi, lo, scale, shift = once(hi), once(lo.to(tl.float32)), once(scale.to(tl.float32)), once(shift)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in tl.range(part, tiles, splits, num_stages=3):
+    for t in tl.range(part, tiles, splits, num_stages=3):  # two of each
         offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)

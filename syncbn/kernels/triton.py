@@ -53,7 +53,7 @@ def problem(device: str) -> str | None:
 
 
 class Share(NamedTuple):
-    """How a function shares out a tensor: the best of some twenty ways on an H200."""
+    """How a function shares out a tensor; chosen by hand on an H200."""
 
     tile: int  # values of a tile, at most
     row: int  # bytes of a tile that are one piece of a row of channels
@@ -178,7 +178,7 @@ def _launch(
     x: Tensor,
     plan: Plan,
     tensors: tuple[Tensor | None, ...],
-    more: tuple[float, ...] = (),
+    more: tuple[float, ...] = (),  # numbers of the kernel's own
     constants: tuple[bool, ...] = (),
 ) -> None:
     """Launch a kernel over the tiles of x, on its device and the current stream."""
