@@ -25,6 +25,8 @@ ProcessGroup = dist.ProcessGroup
 GroupLike = ProcessGroup | DeviceMesh | None
 # What torch.distributed.new_group returns to a rank that is not in the new group.
 OUTSIDE = dist.GroupMember.NON_GROUP_MEMBER
+SUM = dist.AllreduceOptions()  # on the current stream of a GPU
+SUM.asyncOp = False
 # Each default group's groups by size; they go when it does.
 _groups_by_size: weakref.WeakKeyDictionary[ProcessGroup, dict[int, ProcessGroup]] = weakref.WeakKeyDictionary()
 
@@ -224,7 +226,9 @@ def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager
 def _all_reduce(message: Tensor, call: Call) -> Tensor:
     if call.group is not None and call.group.size() > 1:
         try:
-            dist.all_reduce(message, group=call.group)
+            work = call.group.allreduce([message], SUM)  # what dist.all_reduce does, in half of its time
+            if work is not None:
+                work.wait()
         except RuntimeError as error:
             rank, size = rank_and_size()
             raise CollectiveError(

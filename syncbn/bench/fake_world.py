@@ -13,7 +13,6 @@ checked there, and timed in a larger one.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -34,13 +33,13 @@ def fake_world(size: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    device = _Device(dist.ProcessGroup.allreduce)
     try:
         with contextlib.ExitStack() as stack:
-            all_reduce = dist.all_reduce
-            stack.enter_context(mock.patch.object(dist, "all_reduce", functools.partial(_all_reduce, all_reduce)))
+            stack.enter_context(mock.patch.object(dist.ProcessGroup, "allreduce", lambda *given: device.all_reduce(*given)))
             for name in GATHERS:
                 if hasattr(dist, name):
-                    stack.enter_context(mock.patch.object(dist, name, functools.partial(_all_gather, all_reduce)))
+                    stack.enter_context(mock.patch.object(dist, name, device.all_gather))
             yield
     finally:
         dist.destroy_process_group()
@@ -51,13 +50,24 @@ def gather_name() -> str:
     return next(name for name in GATHERS if hasattr(dist, name))
 
 
-def _all_reduce(call: Callable[..., Any], message: Tensor, *arguments: Any, **more: Any) -> Any:
-    work = call(message, *arguments, **more)
-    message.add_(0.0)
-    return work
+class _Device:
+    """The part of a device in collectives."""
 
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call  # torch's own method of a group
+        self.into: Tensor | None = None  # what an all_gather that is being called fills
 
-def _all_gather(call: Callable[..., Any], into: Tensor, message: Tensor, group: Any = None, async_op: bool = False) -> Any:
-    work = call(message, group=group, async_op=async_op)
-    into.view(dist.get_world_size(group), -1).copy_(message.view(1, -1))
-    return work
+    def all_reduce(self, group: Any, messages: list[Tensor], options: Any) -> Any:
+        work = self.call(group, messages, options)
+        if self.into is None:
+            messages[0].add_(0.0)
+        else:
+            self.into.view(group.size(), -1).copy_(messages[0].view(1, -1))
+        return work
+
+    def all_gather(self, into: Tensor, message: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        self.into = into
+        try:
+            return dist.all_reduce(message, group=group, async_op=async_op)
+        finally:
+            self.into = None
