@@ -253,21 +253,33 @@ def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch,
 
     monkeypatch.setattr(kernels, "moments", moments)
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device: device)
-    in_triton.cache_clear()
-    try:
-        assert [in_triton(3), in_triton(3)] == [None, None]
-        assert in_triton() is kernels
-    finally:
-        in_triton.cache_clear()
+    monkeypatch.setattr(syncbn.kernels, "_tried", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert [in_triton(3), in_triton(3)] == [None, None]
+    assert in_triton() is kernels
     assert asked == ["cuda:3"], "its own GPU, once: on another it would hold memory"
     (record,) = caplog.records
     assert "do not work here (FileNotFoundError: [Errno 2] No such file" in record.getMessage()
+    assert "C compiler on the path" in record.getMessage()
+
+
+@not_interpreted
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch, caplog):
+    """A kernel cannot be loaded then; what failed for that reason would count as a GPU on which none works."""
+    kernels, capturing, tried = in_triton(), [True, True, False], []
+    monkeypatch.setattr(syncbn.kernels, "_tried", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.pop(0))
+    monkeypatch.setattr(kernels, "problem", tried.append)
+    assert [in_triton(3), in_triton(3)] == [None, None]
+    assert tried == [] == caplog.records
+    assert [in_triton(3), in_triton(3)] == [kernels, kernels]
+    assert tried == ["cuda:3"]
 
 
 @not_interpreted
 def test_nothing_compiles_for_a_gpu_that_they_were_never_run_on(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "AMD" in in_triton().problem("cpu")
+    assert in_triton().problem("cpu") == "they were never run on an AMD GPU"
 
 
 SHARED = [(2, 3, 1), (7, 2048, 49), (2**27, 16, 1), (3, 16, 2**26)]

@@ -134,22 +134,32 @@ def compiled() -> Compiled | None:
     return None
 
 
-@functools.cache
+_tried: dict[int | None, Compiled | None] = {}  # by GPU; None: whether Triton is installed
+
+
 def in_triton(gpu: int | None = None) -> Compiled | None:
-    """The kernels of CUDA devices; None where Triton is not installed and, said once in the log, where it fails on the GPU."""
+    """The kernels of CUDA devices; None where Triton is not installed and, said once in the log, where it fails on the GPU.
+
+    Nothing can be tried while a graph is captured: until a forward outside of one has, None.
+    """
+    if gpu in _tried:
+        return _tried[gpu]
     try:
         from . import triton
     except ImportError:
+        _tried[gpu] = None
+        return None
+    if gpu is not None and torch.cuda.is_current_stream_capturing():
         return None
     problem = None if gpu is None else triton.problem(f"cuda:{gpu}")
-    if problem is None:
-        return cast(Compiled, triton)
-    logging.getLogger("syncbn").warning(
-        "the kernels in Triton do not work here (%s): batch norm is composed of PyTorch's operators, with the same results but "
-        "slower; Triton needs a C compiler on the path and the headers of Python",
-        problem,
-    )
-    return None
+    _tried[gpu] = cast(Compiled, triton) if problem is None else None
+    if problem is not None:
+        logging.getLogger("syncbn").warning(
+            "the kernels in Triton do not work here (%s): batch norm is composed of PyTorch's operators, with the same results "
+            "but slower",
+            problem,
+        )
+    return _tried[gpu]
 
 
 def check_device(x: Tensor) -> None:

@@ -48,7 +48,8 @@ def problem(device: str) -> str | None:
         x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)  # which older GPUs lack
         normalize(x, moments(x), Affine(None, None, 1.0), None)
     except Exception as error:  # whatever a compiler, a linker or a driver raises
-        return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        first = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        return f"{first}; Triton needs a C compiler on the path and the headers of Python"
     return None
 
 
