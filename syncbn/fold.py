@@ -17,6 +17,7 @@ NORMS = (
 )
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SPATIAL = (nn.BatchNorm2d, nn.BatchNorm3d)  # no (N, C) input
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # how torch's names begin: of the hooks and of their flags
 
 
@@ -28,7 +29,7 @@ def fold(model: nn.Module) -> fx.GraphModule:
     no mask, both are of torch's own classes or ours and have no hooks around their forward (the older weight_norm,
     spectral_norm and prune are such hooks), neither is called elsewhere in the graph, and nothing else reads the layer's
     parameters; all else stays as it is, as do the addition and the ReLU of a SyncBatchNormReLU. A linear layer is taken to have
-    (N, C) input, where its features are the channels.
+    (N, C) input, where its features are the channels, but for a batch norm of two or three dimensions, which refuses it.
 
     Args:
         model: any model that torch.fx can trace. It is left as it is.
@@ -58,6 +59,8 @@ def fold(model: nn.Module) -> fx.GraphModule:
     for node in list(traced.graph.nodes):
         before = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        if before in (*node.args[1:], *node.kwargs.values()):
             continue
         if calls[before.target] > 1 or calls[node.target] > 1 or before.target in read:
             continue
@@ -106,6 +109,6 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
         return fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var,arg-type]
     if type(layer) in TRANSPOSED and layer.groups == 1:
         return fuse_conv_bn_eval(layer, norm, transpose=True)  # type: ignore[type-var,arg-type]
-    if type(layer) is nn.Linear and layer.out_features == norm.num_features:
+    if type(layer) is nn.Linear and layer.out_features == norm.num_features and not isinstance(norm, SPATIAL):
         return fuse_linear_bn_eval(layer, norm)  # type: ignore[arg-type]
     return None

@@ -80,6 +80,35 @@ def test_fold_leaves_what_it_would_get_wrong():
     assert (folded(x) - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
+class Doubled(nn.Module):
+    """The layer's output is what is normalized and what is added."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.layer, self.norm, self.by_name = nn.Conv2d(3, 3, 1), syncbn.SyncBatchNormReLU(3), by_name
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.norm(y, residual=y) if self.by_name else self.norm(y, y)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_fold_leaves_a_layer_whose_output_is_added_too(by_name):
+    model, x = warmed(Doubled(by_name), 2, 3, 4, 4)
+    folded = syncbn.fold(model)
+    assert norms(folded) == ["SyncBatchNormReLU"]
+    assert torch.equal(folded(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.BatchNorm3d])
+def test_fold_leaves_a_linear_layer_whose_features_are_no_channels(norm):
+    shape = (2, 3, 4, 3) if norm is nn.BatchNorm2d else (2, 3, 4, 4, 3)
+    model, x = warmed(nn.Sequential(nn.Linear(3, 3), norm(3)), *shape)
+    folded = syncbn.fold(model)
+    assert norms(folded) == [norm.__name__]
+    assert torch.equal(folded(x), model.eval()(x))
+
+
 def _pruned(layer):
     prune.l1_unstructured(layer, "weight", 0.5)
 
