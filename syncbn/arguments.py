@@ -37,6 +37,9 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
         if value.dtype not in FLOATING:
             return TypeError(f"given {name} of {value.dtype}; expected float16, bfloat16, float32 or float64")
         channels = None  # what a layer was made for, which its vectors may have been pruned from
+    counted = None if running is None else running.num_batches_tracked
+    if counted is not None and counted.device != device:
+        return ValueError(f"given input on {device} and num_batches_tracked on {counted.device}; expected one device")
     if channels is not None and shape[1] != channels:
         return ValueError(f"given input of shape {tuple(shape)}, {shape[1]} channels; expected {channels} channels")
     return None

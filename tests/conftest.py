@@ -5,6 +5,7 @@ import os
 import sys
 from typing import NamedTuple
 
+import gpus
 import hypothesis
 import pytest
 import torch
@@ -63,11 +64,10 @@ class Device(NamedTuple):
     triton_from_bytes: float = math.inf
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = {
     "cpu": Device("cpu"),
-    "cuda, aten": pytest.param(Device("cuda"), marks=needs_gpu),
-    "cuda, triton": pytest.param(Device("cuda", 0), marks=needs_gpu),
+    "cuda, aten": pytest.param(Device("cuda"), marks=gpus.needs_gpu),
+    "cuda, triton": pytest.param(Device("cuda", 0), marks=[gpus.needs_gpu, gpus.needs_triton]),
 }
 
 
@@ -78,6 +78,5 @@ def device(request, monkeypatch):
 
     name, triton_from_bytes = request.param
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
-    picked = kernels.pick(torch.zeros(2, 3, device=name))
-    assert (picked is kernels.in_triton()) == (triton_from_bytes == 0), "the kernels asked for"
+    gpus.check_kernels(name, triton_from_bytes)
     return name

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from gpus import needs_gpu
 
 pytest.importorskip("accelerate")
 
@@ -139,7 +140,7 @@ def test_join_uneven_inputs_takes_our_join(found):
     assert_trained_unevenly([rank["uneven"] for rank in found])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_join_uneven_inputs_on_gpus(tmp_path):
     assert_trained_unevenly([rank["uneven"] for rank in launch(tmp_path, {}, "uneven")])
 

@@ -16,6 +16,7 @@ import cuda_operators
 import pytest
 import torch
 import torch.distributed as dist
+from gpus import needs_gpu
 from matplotlib.figure import Figure
 from torch import nn
 from torch.autograd import DeviceType
@@ -47,7 +48,6 @@ from syncbn.observing import Call
 
 CPU = torch.device("cpu")
 VARIANTS = ["torch", "torch-sync", "torch-sync-unmasked", "syncbn-aten"]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)

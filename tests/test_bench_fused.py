@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from gpus import needs_gpu
 from torch import nn
 
 from syncbn import kernels
@@ -101,7 +102,7 @@ def test_what_a_gpu_takes_is_timed_pass_by_pass(monkeypatch):
     assert "on the device" in fused.summary([row | {"heap": "as it is"} for row in found])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_on_a_gpu(tmp_path):
     assert main(["bench", "fused", "--device", "cuda", "--quick", "--repeats", "2", "--results", str(tmp_path)]) == 0
     assert "syncbn, fused" in (tmp_path / "fused_cuda.csv").read_text()

@@ -8,24 +8,39 @@ import test_layer
 import torch
 import worlds
 from batches import Case
+from gpus import check_kernels, needs_gpu, needs_triton
 from test_layer import pairs
 
 import syncbn
 from syncbn import kernels
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
 @pytest.mark.parametrize("space", batches.SPACES)
-@pytest.mark.parametrize("triton_from_bytes", [math.inf, 0], ids=["aten", "triton"])
+@pytest.mark.parametrize(
+    "triton_from_bytes", [pytest.param(math.inf, id="aten"), pytest.param(0, id="triton", marks=needs_triton)]
+)
 def test_values_on_one_gpu(dtype, space, triton_from_bytes, monkeypatch):
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
+    check_kernels("cuda", triton_from_bytes)
     for layout in ("contiguous", "channels_last", "permuted"):
         case = Case(1, space=space, dtype=dtype, layout=layout)
         batches.check(case, [test_layer.on_a_rank(worlds.World(0, 1, None, "", "cuda"), case, "module")])
 
 
+@needs_triton
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_values_on_a_gpu_that_is_not_the_current_one(layout):
+    check_kernels("cuda:1", 0)
+    assert torch.cuda.current_device() == 0
+    case = Case(1, space=(5, 5), layout=layout)
+    batches.check(case, [test_layer.on_a_rank(worlds.World(0, 1, None, "", "cuda:1"), case, "module")])
+
+
+@needs_triton
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_elements_than_32_bits_count(layout, monkeypatch):
     """The channels at both ends, of which the last is beyond 2^31, beside float64."""
@@ -53,10 +68,12 @@ def test_more_elements_than_32_bits_count(layout, monkeypatch):
 
 
 def _over_gloo(world):
+    check_kernels(world.device, kernels.TRITON_FROM_BYTES)
     chosen = [(case, form) for case, form in pairs(world.size) if form == "module"]
     return [test_layer.on_a_rank(world, case, form) for case, form in chosen]
 
 
+@needs_triton
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_gloo_with_tensors_on_a_gpu(world):
     chosen = [case for case, form in pairs(world) if form == "module"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from gpus import needs_gpu
 from torch import nn
 
 import syncbn
@@ -143,7 +144,7 @@ def test_the_program_that_compute_sanitizer_watches():
     assert (done.returncode, done.stdout) == (0, "37 steps on cpu\n"), done.stderr[-2000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 def test_compute_sanitizer_finds_nothing():
     # A call of CUDA that torch makes to be refused is no fault of a kernel.

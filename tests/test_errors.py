@@ -51,6 +51,15 @@ def test_the_function_names_what_was_given_and_changes_nothing(name):
     assert log.seen == []
 
 
+def test_a_counter_elsewhere():
+    """As load_state_dict(assign=True) of an old checkpoint, which has none, leaves it."""
+    layer = syncbn.SyncBatchNorm2d(3)
+    layer._force_sync, layer.num_batches_tracked = True, layer.num_batches_tracked.to("meta")
+    with CollectivesSeen() as log, pytest.raises(ValueError, match="given input on cpu and num_batches_tracked on meta; exp"):
+        layer(X)
+    assert log.seen == []
+
+
 def test_a_group_that_is_none():
     with pytest.raises(TypeError, match=r"given process_group='all' of type str; expected a torch.distributed.ProcessGroup"):
         _call(process_group="all")

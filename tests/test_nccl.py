@@ -16,6 +16,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import batches
+import gpus
 import nccl_ranks
 import pytest
 import test_ddp
@@ -48,7 +49,7 @@ GLOO = Form(worlds.GLOO)
 FORMS = {
     "gloo": GLOO,
     "nccl, aten": pytest.param(Form(worlds.NCCL), marks=needs_nccl),
-    "nccl, triton": pytest.param(Form(worlds.NCCL, 0), marks=needs_nccl),
+    "nccl, triton": pytest.param(Form(worlds.NCCL, 0), marks=[needs_nccl, gpus.needs_triton]),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -59,8 +60,7 @@ def with_kernels(world, form, poisoned, case, *args):
     torch.use_deterministic_algorithms(poisoned)
     try:
         with mock.patch.object(kernels, "TRITON_FROM_BYTES", form.triton_from_bytes):
-            picked = kernels.pick(torch.zeros(2, 3, device=world.device))
-            assert (picked is kernels.in_triton()) == (form.triton_from_bytes == 0), "the kernels asked for"
+            gpus.check_kernels(world.device, form.triton_from_bytes)
             assert not poisoned or torch.empty(3, device=world.device).isnan().all()
             assert dist.get_backend(world.group) == form.over.backend
             return case(world, *args)

@@ -232,9 +232,26 @@ def test_what_lies_otherwise_than_the_kernels_read_it(fused):
 )
 def test_cuda_tensors_of_all_sizes_go_by_them_where_they_can(nbytes, tried, taken, monkeypatch):
     x = mock.Mock(is_cpu=False, is_cuda=True, nbytes=nbytes, get_device=lambda: 3)
-    fast = mock.Mock(takes=lambda given: given is x and taken)
-    monkeypatch.setattr(syncbn.kernels, "in_triton", lambda gpu: fast if tried and gpu == 3 else None)
+    fast, asked = mock.Mock(takes=lambda given: given is x and taken), []
+
+    def in_triton(gpu=None):
+        asked.append(gpu)
+        return fast if gpu is None or (tried and gpu == 3) else None
+
+    monkeypatch.setattr(syncbn.kernels, "in_triton", in_triton)
     assert syncbn.kernels.pick(x) is (fast if tried and taken else aten)
+    assert asked == ([None, 3] if taken else [None]), "nothing is tried for a tensor that has no memory, say"
+
+
+@interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_pivot_is_not_one_pixel_of_all_images(layout):
+    """A corner that is blank in all images, as where they are padded: 0, and the rest a thousand standard deviations away."""
+    x = torch.randn(16, 2, 56, 56) + 1000
+    x[:, :, 0, 0] = 0
+    s1, s2, count = in_triton().moments(batches.lay_out(x, layout)).split([2, 2, 1])
+    var, expected = s2 / count - (s1 / count).square(), x.double().var([0, 2, 3], correction=0)
+    assert ((var - expected) / expected).abs().max() <= 1e-7
 
 
 @interpreted
@@ -261,6 +278,17 @@ def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch,
     (record,) = caplog.records
     assert "do not work here (FileNotFoundError: [Errno 2] No such file" in record.getMessage()
     assert "C compiler on the path" in record.getMessage()
+
+
+@not_interpreted
+def test_a_trial_without_memory_is_none(monkeypatch):
+    monkeypatch.setattr(syncbn.kernels, "_tried", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "zeros", mock.Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        in_triton(3)
+    monkeypatch.setattr(in_triton(), "problem", lambda device: None)
+    assert in_triton(3) is in_triton()
 
 
 @not_interpreted
@@ -404,8 +432,8 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
     assert min(compiled()) > 10
     monkeypatch.setattr(in_triton(), "WIDE", 0)
     monkeypatch.setattr(in_triton(), "_plans", functools.cache(in_triton()._plans.__wrapped__))
-    for n in (2**31 - 1, 2**31):
-        monkeypatch.setattr(in_triton(), "planes", lambda x, n=n: (n, 1, 1))
+    for planes in ((2**31 - 1, 1, 1), (2**31, 1, 1), (2, 1, 2**30), (1, 1, 2**31)):
+        monkeypatch.setattr(in_triton(), "planes", lambda x, planes=planes: planes)
         step(torch.empty(6, 1))
 
 
@@ -420,10 +448,15 @@ OPTIONAL = (*VECTORS, "tracked", "residual", "y", "passed_dy")
 @not_interpreted
 @pytest.mark.parametrize("fused", batches.FUSED)
 @pytest.mark.parametrize(
-    ("kind", "element", "wide"),
-    [("rows", "*fp16", False), ("planes", "*fp32", False), ("short", "*bf16", False), ("short", "*fp32", True)],
+    ("space", "element", "wide", "aligned"),
+    [
+        ("rows", "*fp16", False, True),
+        ("planes", "*bf16", False, True),
+        ("short", "*bf16", False, False),
+        ("short", "*fp32", True, True),
+    ],
 )
-def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
+def test_every_program_compiles_for_a_gpu(space, element, wide, aligned, fused):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -431,7 +464,7 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
     from syncbn.kernels import programs
 
     dtype = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}[element]
-    s = {"rows": 1, "planes": 3136, "short": 49}[kind]
+    s = {"rows": 1, "planes": 3136, "short": 49}[space]
     cut = in_triton()._tiles(256, s, dtype.itemsize, wide, in_triton().SUMS[s == 1])
     constants = {"IS_CUMULATIVE": False, **cut._asdict()}
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
@@ -456,5 +489,9 @@ def test_every_program_compiles_for_a_gpu(kind, element, wide, fused):
         signature = {name: {**SIZES, **pointers}.get(name, "constexpr") for name in program.arg_names}
         absent = dict.fromkeys(set(OPTIONAL) - set(pointers))
         known = {name: (absent | constants | more)[name] for name, kind in signature.items() if kind == "constexpr"}
-        made = triton.compile(ASTSource(program, signature, known), GPUTarget("cuda", 90, 32), in_triton().OPTIONS)
+        at = [(place,) for place, kind in enumerate(signature.values()) if aligned and kind.startswith("*")]
+        source = ASTSource(program, signature, known, {place: [["tt.divisibility", 16]] for place in at})
+        made = triton.compile(source, GPUTarget("cuda", 90, 32), in_triton().OPTIONS)
         assert made.asm["cubin"]
+        if program is programs.moments and space != "short":
+            assert "cp.async" in made.asm["ptx"], "loads are under way while others are added"

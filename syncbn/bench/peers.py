@@ -150,7 +150,7 @@ def available(name: str, device: torch.device) -> str | None:
     if peer.kernels == "compiled":
         with using(name):
             if kernels.pick(torch.empty(2, 2, 2, 2, device=device)) is kernels.composed():
-                return "the compiled kernels were not built here" if on_cpu else "Triton is not installed"
+                return "the compiled kernels were not built here" if on_cpu else "Triton is not installed, or does not work"
     return None
 
 

@@ -178,7 +178,7 @@ def pick(x: Tensor) -> Kernels:
         if fast is not None and fast.takes(x):
             return fast
     elif x.is_cuda and x.nbytes >= TRITON_FROM_BYTES:
-        fast = in_triton(x.get_device())
-        if fast is not None and fast.takes(x):
+        fast = in_triton()
+        if fast is not None and fast.takes(x) and in_triton(x.get_device()) is not None:
             return fast
     return composed()

@@ -47,6 +47,8 @@ def problem(device: str) -> str | None:
     try:
         x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)  # which older GPUs lack
         normalize(x, moments(x), Affine(None, None, 1.0), None)
+    except torch.OutOfMemoryError:  # no fault of the kernels
+        raise
     except Exception as error:  # whatever a compiler, a linker or a driver raises
         first = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         return f"{first}; Triton needs a C compiler on the path and the headers of Python"
@@ -93,7 +95,7 @@ class Plan(NamedTuple):
 
     numbers: tuple[int, int, int, int, int]  # N, C, S, tiles, splits
     cut: Tiles
-    is_long: bool  # N takes 64 bits
+    is_long: tuple[bool, bool]  # whether N and S take 64 bits
     grid: tuple[int, int, int]
     team: int  # splits, of which one program adds the sums
     counters: int  # of the programs that have arrived, one for each team and one for all teams, by block of channels
@@ -115,7 +117,7 @@ def _planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
     team = splits if splits <= TEAM else math.isqrt(splits - 1) + 1
     teams = -(-splits // team)
     counters, rows = (blocks * (1 + teams), splits + teams) if splits > 1 else (0, 0)
-    return Plan((n, c, s, tiles, splits), cut, n >= 2**31, (blocks * splits, 1, 1), team, counters, 2 * c * rows)
+    return Plan((n, c, s, tiles, splits), cut, (n >= 2**31, s >= 2**31), (blocks * splits, 1, 1), team, counters, 2 * c * rows)
 
 
 @functools.lru_cache(4096)

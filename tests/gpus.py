@@ -1,0 +1,19 @@
+"""What tests on a GPU need, and which kernels they run by."""
+
+import importlib.util
+
+import pytest
+import torch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.version.hip is not None, reason="needs Triton, and a GPU of NVIDIA's"
+)
+
+
+def check_kernels(device: str, triton_from_bytes: float) -> None:
+    """The kernels asked for are those picked."""
+    from syncbn import kernels
+
+    picked = kernels.pick(torch.zeros(2, 3, device=device))
+    assert (picked is kernels.in_triton()) == (triton_from_bytes == 0)
