@@ -45,14 +45,15 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
     return None
 
 
-def eager_problem(x: Tensor, running: Running | None) -> Exception | None:
+def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None) -> Exception | None:
     """What is wrong with where the values are, which a trace does not know, if anything."""
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed and running is not None and _batches(x) > _batches(running.mean):
-        return ValueError(
-            "given input batched by vmap and running statistics that are not, so that no single batch could move them; "
-            "expected eval mode, or track_running_stats=False"
-        )
+    if running is not None and torch._C._are_functorch_transforms_active():
+        for name, value in (("input", x), ("a mask", mask)):
+            if value is not None and _batches(value) > _batches(running.mean):
+                return ValueError(
+                    f"given {name} batched by vmap and running statistics that are not, so that no single batch could move "
+                    "them; expected eval mode, or track_running_stats=False"
+                )
     if x.is_cpu:
         return None
     try:

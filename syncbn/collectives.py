@@ -64,14 +64,16 @@ class Group:
                 f"given a DeviceMesh of {process_group.ndim} dimensions {process_group.mesh_dim_names}; "
                 'expected one dimension: slice it, as in mesh["dp"]'
             )
-        if not is_group_like(process_group):
+        compiling = torch.compiler.is_compiling()  # to a trace the object is of a class of its own
+        if not (compiling or is_group_like(process_group)):
             raise TypeError(
                 f"given process_group={process_group!r} of type {type(process_group).__name__}; "
                 "expected a torch.distributed.ProcessGroup, a 1-D DeviceMesh or None for all ranks"
             )
-        self.process_group = process_group
+        self.process_group: Any = process_group
         self.group_size = group_size
-        self._known = process_group if isinstance(process_group, ProcessGroup) else None  # to ask for its class takes long
+        is_group = not isinstance(process_group, DeviceMesh) if compiling else isinstance(process_group, ProcessGroup)
+        self._known: Any = process_group if is_group else None  # to ask for its class each time takes long
 
     def resolve(self) -> ProcessGroup | None:
         """The ProcessGroup, or None where this process is alone: no distributed job, or groups of one rank.
@@ -81,7 +83,7 @@ class Group:
         """
         if self._known is not None:
             return self._known
-        group: Any = self.process_group
+        group = self.process_group
         if group is None:
             if not dist.is_initialized():  # a trace of torch 2.11 takes a WORLD that is None for a group
                 return None
@@ -225,6 +227,12 @@ def stream_of_its_own(device: torch.device) -> contextlib.AbstractContextManager
 
 def _all_reduce(message: Tensor, call: Call) -> Tensor:
     if call.group is not None and call.group.size() > 1:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+            rank, size = rank_and_size()
+            raise ValueError(
+                "given a trace, as torch.func.linearize and make_fx take it, where a collective is recorded without the wait "
+                f"for it; expected eager code, torch.func.jvp or torch.compile (layer {call.layer!r}, rank {rank} of {size})"
+            )
         try:
             work = call.group.allreduce([message], SUM)  # what dist.all_reduce does, in half of its time
             if work is not None:

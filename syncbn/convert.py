@@ -14,8 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .collectives import Group, GroupLike, is_default_group
-from .module import Binding
-from .subclass import class_of, parametrized_class, same_parametrizations, synchronized_class
+from .module import Binding, _Synchronized
+from .subclass import class_of, same_parametrizations, synchronized_class, wrapped_anew
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,11 +60,15 @@ def convert(
     for path, layer in _batch_norms(module):
         if skip is not None and skip(path, layer):
             continue
-        bound: Binding | None = getattr(layer, "_syncbn", None)
         target = type(layer)
-        if bound is None:
+        if isinstance(layer, _Synchronized):
+            bound = layer._syncbn
+        else:
             origin, parametrized = class_of(layer)
-            bound = Binding(Group(_group_of(layer)), path, origin, parametrized)
+            left: Binding | None = vars(layer).get("_syncbn")  # by a copy of its attributes, or another class given to it
+            theirs = layer.process_group if isinstance(layer, nn.SyncBatchNorm) else None
+            group = Group(None if is_default_group(theirs) else theirs) if left is None else left.group  # outlives the default
+            bound = Binding(group, path, origin, parametrized, None if theirs is None else Group(theirs))
             target = _target(path, layer, origin, parametrized)
             _check_forward(path, layer)
         group = Group(groups(path, layer), group_size)
@@ -74,6 +78,8 @@ def convert(
     for each, target, binding in todo:
         if type(each) is not target:
             _become(each, target)
+        if binding.theirs is not None:  # it would keep the layer from being copied
+            vars(each).pop("process_group", None)
         each._syncbn = binding
     return module
 
@@ -88,15 +94,18 @@ def revert(module: Model) -> Model:
         ValueError: the forward of a layer was replaced in the instance, as the offload hooks of accelerate do: remove
             them first.
     """
-    todo: list[tuple[nn.Module, type[nn.Module]]] = []
+    todo: list[tuple[nn.Module, type[nn.Module], Binding]] = []
     for path, layer in _batch_norms(module):
         bound: Binding | None = vars(layer).get("_syncbn")
         if bound is not None and bound.origin is not None:
             _check_forward(path, layer)
-            todo.append((layer, _class_before(layer, bound.origin, bound.parametrized)))
-    for layer, before in todo:
+            is_ours = isinstance(layer, _Synchronized)
+            todo.append((layer, _class_before(layer, bound.origin, bound.parametrized) if is_ours else type(layer), bound))
+    for layer, before, bound in todo:
         _become(layer, before)
         del layer._syncbn
+        if bound.theirs is not None:
+            vars(layer)["process_group"] = bound.theirs.process_group
     return module
 
 
@@ -104,11 +113,14 @@ def _target(path: str, layer: nn.Module, origin: type[nn.Module], parametrized: 
     """The class that a layer of class `origin` gets."""
     try:
         if isinstance(layer, torch.jit.ScriptModule):
-            raise ValueError(f"given a scripted {layer.original_name}; expected a layer of Python: convert before torch.jit")
+            raise ValueError(
+                f"given a scripted {layer.original_name}; expected a layer of Python: convert before torch.jit.trace; "
+                "torch.jit.script takes none of ours"
+            )
         target = synchronized_class(origin)
     except ValueError as error:
         raise ValueError(f"{error} (layer {path!r})") from None
-    return target if parametrized is None else parametrized_class(parametrized, target)
+    return target if parametrized is None else wrapped_anew(parametrized, target)
 
 
 def _check_forward(path: str, layer: nn.Module) -> None:
@@ -131,10 +143,11 @@ def _class_before(layer: nn.Module, origin: type[Any], parametrized: type[nn.Mod
         becomes: Any = origin.cls_to_become
         origin = becomes
     if not parametrize.is_parametrized(layer):
-        return origin
+        is_wrapped = synchronized_class(origin) in type(layer).__bases__  # by fully_shard
+        return wrapped_anew(type(layer), origin) if is_wrapped else origin
     if parametrized is not None and same_parametrizations(parametrized, type(layer)):
         return parametrized
-    return parametrized_class(type(layer), origin)
+    return wrapped_anew(type(layer), origin)
 
 
 def _become(layer: Any, target: type[nn.Module]) -> None:
@@ -149,9 +162,3 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         scripted = isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name
         if isinstance(layer, _BatchNorm) or scripted:
             yield path, layer
-
-
-def _group_of(layer: nn.Module) -> GroupLike:
-    """The group that a torch.nn.SyncBatchNorm has; None for the default group, so that the layer outlives it."""
-    group = layer.process_group if isinstance(layer, nn.SyncBatchNorm) else None
-    return None if is_default_group(group) else group

@@ -27,9 +27,13 @@ def transformed() -> bool:
     return not isinstance(torch._C._functorch.peek_interpreter_stack(), type(None))
 
 
-def batched(dy: Tensor) -> bool:
-    """Whether dy is of many backwards at once, by torch.func.vmap or by the vmap of torch.autograd before it."""
-    return torch._C._functorch.is_legacy_batchedtensor(dy) or transformed()
+def wanted_backward(dy: Tensor) -> bool:
+    """Whether a backward is to be differentiated itself, or dy is of many at once.
+
+    That is by create_graph=True, by forward mode, by is_grads_batched=True or by torch.func.vmap.
+    """
+    several = torch._C._functorch.is_legacy_batchedtensor(dy) or transformed()
+    return several or torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def batch_norm(x: Tensor, affine: Affine, running: Running | None, call: Call, mask: Tensor | None) -> Tensor:

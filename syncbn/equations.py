@@ -114,7 +114,10 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
         total = torch.where(mask, x, 0).sum(channel_dims(x), dtype=compute_dtype(x.dtype))
         shift = finite((total / count.clamp(min=1)).to(total.dtype)).detach()
         centered = torch.where(mask, x - per_channel(shift, x), 0)
-    return pack_moments(x, shift, centered.sum(channel_dims(x)), centered.square().sum(channel_dims(x)), count)
+    # What a compiler makes of a sum on a CPU adds one value after the other, where torch's operator adds sums of few.
+    dtype = torch.float64 if torch.compiler.is_compiling() and x.is_cpu else centered.dtype
+    s1, s2 = (values.sum(channel_dims(x), dtype=dtype) for values in (centered, centered.square()))
+    return pack_moments(x, shift, s1, s2, count)
 
 
 def statistics(message: Tensor) -> Statistics:
@@ -167,8 +170,8 @@ def running_statistics(mean: Tensor, var: Tensor, stats: Statistics, momentum: f
     """
     unbiased = stats.var * (stats.count / (stats.count - 1).clamp(min=1))
     old_mean, old_var = mean.double(), var.double()
-    new_mean = torch.where(stats.count > 0, old_mean + momentum * (stats.mean - old_mean), old_mean)
-    new_var = torch.where(stats.count > 1, old_var + momentum * (unbiased - old_var), old_var)
+    new_mean = torch.where(stats.count > 0, (1 - momentum) * old_mean + momentum * stats.mean, old_mean)
+    new_var = torch.where(stats.count > 1, (1 - momentum) * old_var + momentum * unbiased, old_var)
     return new_mean, new_var
 
 

@@ -69,7 +69,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         saved, call = Saved(statistics, weight, bias, y, relu), forward.backward()
         dx: Tensor | None
         dresidual: Tensor | None
-        if torch.is_grad_enabled() or differentiable.batched(dy):  # create_graph=True, or is_grads_batched=True
+        if differentiable.wanted_backward(dy):
             dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, eps, call, mask, observers)
         else:
             compute = kernels.pick(x)
@@ -192,7 +192,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         running = running._replace(momentum=as_number(running.momentum))
     problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
     if problem is None and not compiling:
-        problem = eager_problem(x, running)
+        problem = eager_problem(x, running, mask)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     forward = None if compiling or not observing.observed(group) else Forward(site.module)

@@ -28,6 +28,7 @@ class Binding(NamedTuple):
     path: str | None = None  # in the converted model
     origin: type[nn.Module] | None = None  # the class before conversion, parametrizations aside; None: made as ours
     parametrized: type[nn.Module] | None = None  # the class before conversion, if it was parametrized
+    theirs: Group | None = None  # of a torch.nn.SyncBatchNorm that had a group before conversion
 
 
 ALL_RANKS = Binding(Group())

@@ -10,7 +10,7 @@ Requirements
 import contextlib
 import copyreg
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,14 +78,25 @@ class _ByOrigin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(2)
-        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced  # the user's own way
-        return (_new, (self._syncbn_wraps,), *reduced[2:])
+        if not isinstance(reduced, tuple):
+            return reduced
+        make, given, *rest = reduced
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_new, (self._syncbn_wraps,), *rest)
+        return (_made_by, (self._syncbn_wraps, self._syncbn_wraps if make is type(self) else make, given), *rest)
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
     made = synchronized_class(cls)
     return made.__new__(made)
+
+
+def _made_by(cls: type[nn.Module], make: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+    """In the user's own way, which knows of no other class."""
+    layer = make(*given)
+    if type(layer) is cls:
+        layer.__class__ = synchronized_class(cls)
+    return layer
 
 
 class _Lazy(_ByOrigin):
@@ -196,10 +207,12 @@ class _Redirect(TorchFunctionMode):
         )
 
 
-def parametrized_class(wrapper: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """The class that torch.nn.utils.parametrize made for a layer, `wrapper`, made anew over another class of layers."""
+def wrapped_anew(wrapper: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """The class that parametrize or fully_shard made for a layer, `wrapper`, made anew over another class of layers."""
+    old = next(each for each in wrapper.__bases__ if issubclass(each, _BatchNorm))
+    bases = tuple(base if each is old else each for each in wrapper.__bases__)
     members = {name: value for name, value in vars(wrapper).items() if name not in ("__dict__", "__weakref__", "__doc__")}
-    return type(f"Parametrized{base.__name__}", (base,), members)
+    return type(wrapper.__name__.replace(old.__name__, base.__name__), bases, members)
 
 
 def class_of(layer: nn.Module) -> tuple[type[nn.Module], type[nn.Module] | None]:

@@ -12,6 +12,7 @@ from batches import Case
 from collectives_seen import CollectivesSeen
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import syncbn
 from syncbn import equations
@@ -278,6 +279,12 @@ def test_what_a_transform_has_left_behind_is_an_input_as_any_other():
     torch.func.grad(twice)(torch.randn(3, C, 2, 1, dtype=torch.float64))
     assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
     assert_near(forced()(left[0]), layer()(left[0]), "y")
+    x = torch.randn(3, C, 2, 1, dtype=torch.float64)
+    added = syncbn.SyncBatchNormReLU(C, dtype=torch.float64)
+    added._force_sync = True
+    assert_near(added(x, left[0]), F.relu(nn.BatchNorm2d(C).double()(x) + left[0]), "with a residual")
+    weighed = functools.partial(syncbn.sync_batch_norm, x, None, None, left[0][0, :, 0, 0], training=True)
+    assert_near(weighed(_force_sync=True), weighed(), "with a weight")
 
 
 def _transforms(world, name):
@@ -322,6 +329,45 @@ def test_forward_mode_does_not_drop_the_tangent():
         theirs = forward_ad.unpack_dual(layer()(forward_ad.make_dual(x, t))).tangent
     assert mine.abs().max() > 0.1
     assert_near(mine, theirs)
+
+
+def _tangent_of_a_gradient(module, x, dy, t):
+    y = module(x)
+    with forward_ad.dual_level():
+        (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, t))
+        return forward_ad.unpack_dual(dx).tangent
+
+
+def _backward_in_forward_mode(world):
+    x, dy, t = (inputs(world.size, "unequal", seed, seed == 0)[world.rank] for seed in range(3))
+    return _tangent_of_a_gradient(layer(world.group), x, dy, t)
+
+
+def test_a_backward_in_forward_mode_does_not_drop_the_tangent():
+    x, dy, t = (torch.cat(inputs(3, "unequal", seed, seed == 0)) for seed in range(3))
+    expected = _tangent_of_a_gradient(layer(), x.detach().requires_grad_(), dy, t)
+    assert expected.abs().max() > 0.1
+    assert_near(torch.cat(worlds.run(3, _backward_in_forward_mode)), expected)
+
+
+def _traced(world):
+    made, x = layer(world.group), inputs(world.size, "unequal", 0, False)[world.rank]
+    told = []
+    for trace in (torch.func.linearize, lambda module, x: make_fx(module)(x)):
+        with (
+            CollectivesSeen() as log,
+            pytest.raises(ValueError, match=r"given a trace, .*; expected eager code, torch.func.jvp"),
+        ):
+            trace(made, x)
+        told.append(len(log.seen))
+    return told, jvp(made, (x,), (x,))[1].detach()
+
+
+def test_a_trace_that_would_not_wait_for_its_collectives_is_refused():
+    whole = torch.cat(inputs(2, "unequal", 0, False))
+    results = worlds.run(2, _traced)
+    assert [told for told, _ in results] == [[1, 0]] * 2, "of the values, which linearize takes before it traces"
+    assert_near(torch.cat([tangent for _, tangent in results]), jvp(layer(), (whole,), (whole,))[1])
 
 
 def test_forward_mode_leaves_no_tangent_in_the_buffers():
@@ -434,6 +480,7 @@ def test_the_private_torch_names_of_this_path_are_there():
     assert torch._C._functorch.is_functorch_wrapped_tensor(torch.ones(1)) is False
     assert forward_ad._current_level == -1
     assert torch._C._current_graph_task_id() == -1
+    assert torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
 
 
 @pytest.mark.parametrize(

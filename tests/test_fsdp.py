@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import worlds
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,8 +122,21 @@ def _mixed_precision(world):
     return given[0], y.dtype, layer.running_mean.clone(), layer.running_var.clone(), grad.detach(), moved.detach()
 
 
+def _reverted(world):
+    """Layers sharded as ours: torch's again they are still units, and every rank trains on the whole batch."""
+    model = syncbn.convert(network())
+    for block in model:
+        for layer in block:
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                fully_shard(layer)
+    syncbn.revert(fully_shard(model))
+    layers = model[0][1], model[1][2]
+    names = [(type(layer).__name__, isinstance(layer, FSDPModule)) for layer in layers]
+    return names, train(model), state_of(model)
+
+
 def _sharded(world):
-    return {case.__name__: case(world) for case in (_fully_sharded, _after_sharding, _fsdp1, _mixed_precision)}
+    return {case.__name__: case(world) for case in (_fully_sharded, _after_sharding, _fsdp1, _mixed_precision, _reverted)}
 
 
 @functools.cache
@@ -134,6 +147,16 @@ def sharded():
 @pytest.mark.parametrize("case", [_fully_sharded, _after_sharding, _fsdp1])
 def test_sharded_training_equals_one_process(case):
     assert_trained_alike([rank[case.__name__] for rank in sharded()])
+
+
+def test_layers_sharded_and_reverted_are_torchs_and_sharded():
+    model = network()
+    losses = train(model)
+    for names, found, state in (rank["_reverted"] for rank in sharded()):
+        assert names == [("FSDPBatchNorm2d", True), ("FSDPBatchNorm1d", True)]
+        assert found == pytest.approx(losses, rel=1e-12)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_mixed_precision_keeps_statistics_exact():

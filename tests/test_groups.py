@@ -189,17 +189,23 @@ def test_process_groups_destroyed_and_made_again():
 
 
 def _copies(world):
-    layer = syncbn.convert(nn.BatchNorm2d(3), world.group)
-    assert copy.deepcopy(layer).process_group is world.group
-    try:
-        pickle.dumps(layer)
-    except TypeError as error:
-        return str(error)
+    told = []
+    for theirs in (nn.BatchNorm2d(3), nn.SyncBatchNorm(3, process_group=world.group)):
+        layer = syncbn.convert(theirs, world.group)
+        twin = copy.deepcopy(layer)
+        assert twin.process_group is world.group
+        with pytest.raises(TypeError) as raised:
+            pickle.dumps(layer)
+        told.append(str(raised.value))
+    assert syncbn.revert(twin).process_group is world.group, "as torch's layer had it"
+    return told
 
 
 def test_a_process_group_is_shared_by_deepcopy_and_refused_by_pickle():
-    for message in worlds.run(2, _copies):
-        assert "cannot be pickled; expected no group or a group_size: save model.state_dict()" in message
+    for messages in worlds.run(2, _copies):
+        assert len(messages) == 2
+        for message in messages:
+            assert "cannot be pickled; expected no group or a group_size: save model.state_dict()" in message
 
 
 def _warnings(world, broadcast, size):

@@ -253,6 +253,16 @@ def test_counts_of_zero_and_one_keep_the_buffers_finite(kernels):
 
 
 @real_kernel
+@pytest.mark.parametrize("momentum", [1.0, None])
+def test_a_momentum_of_one_leaves_nothing_of_what_was_before(kernels, momentum):
+    """As where a network that has diverged is calibrated anew."""
+    running = Running(torch.full((1,), 1e30), torch.full((1,), 1e30), torch.tensor(0), momentum)
+    x = torch.tensor([[5.0], [7.0]])
+    kernels.normalize(x, kernels.moments(x), Affine(None, None, 1e-5), running)
+    assert (running.mean.item(), running.var.item()) == (6.0, 2.0)
+
+
+@real_kernel
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_stays_in_its_channel_as_in_torch(kernels, value):
     x = torch.randn(40, 3)

@@ -253,6 +253,9 @@ def test_vmap_over_masks_of_one_batch():
     layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     y = torch.func.vmap(layer, (None, 0))(x, masks)
     assert (y - torch.stack([layer(x, m) for m in masks])).abs().max() <= 1e-12
+    with CollectivesSeen() as log, pytest.raises(ValueError, match="given a mask batched by vmap and running statistics that"):
+        torch.func.vmap(layer_for(torch.float64), (None, 0))(x, masks)
+    assert log.seen == []
 
 
 def test_a_masked_step_never_waits_for_the_device():

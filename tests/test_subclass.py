@@ -213,6 +213,45 @@ def test_copies_are_of_the_same_class_and_revert(name, way):
     assert type(syncbn.revert(twin)) is USERS[name]
 
 
+class Reduced(nn.BatchNorm2d):
+    """Pickled in its own way, by its name."""
+
+    def __reduce__(self):
+        return Reduced, (self.num_features,), vars(self)
+
+
+class ReducedByType(Reduced):
+    """And by the class that it has."""
+
+    def __reduce__(self):
+        return type(self), (self.num_features,), vars(self)
+
+
+@pytest.mark.parametrize("cls", [Reduced, ReducedByType])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_made_in_the_way_of_a_users_class_are_synchronized(cls, way):
+    layer = syncbn.convert(cls(C))
+    layer.running_mean.fill_(3)
+    twin = copy.deepcopy(layer) if way == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    assert type(twin) is type(layer)
+    assert twin._syncbn == layer._syncbn
+    assert twin.running_mean.tolist() == [3] * C
+    assert type(syncbn.revert(twin)) is cls
+
+
+def test_what_only_looks_converted_is_converted():
+    """A layer with the attributes of a converted one, or given its class of before by hand."""
+    layer = syncbn.convert(nn.BatchNorm2d(C), group_size=2)
+    twin = nn.BatchNorm2d(C)
+    vars(twin).update(vars(layer))
+    layer.__class__ = nn.BatchNorm2d
+    assert type(syncbn.revert(copy.deepcopy(layer))) is nn.BatchNorm2d
+    for one in (layer, twin):
+        assert type(syncbn.convert(one)) is syncbn.SyncBatchNorm2d
+        assert one._syncbn.group == syncbn.collectives.Group(group_size=2)
+        assert type(syncbn.revert(one)) is nn.BatchNorm2d
+
+
 @pytest.mark.parametrize("name", USERS)
 def test_alone_and_in_eval_it_computes_what_the_class_computes(name):
     theirs = USERS[name](C)

@@ -346,7 +346,7 @@ int syncbn_moments(const Call *call) {
     return run(call, MOMENTS, NULL);
 }
 static void move(Vector running, int64_t i, double momentum, double value) {
-    if (running.data) set(running, i, get(running, i, 0) + momentum * (value - get(running, i, 0)));
+    if (running.data) set(running, i, (1 - momentum) * get(running, i, 0) + momentum * value);
 }
 int syncbn_normalize(const Call *call) {
     const int64_t c = call->c;

@@ -9,8 +9,10 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether the values of x are those at its address."""
-    return type(x) in PLAIN and x.layout is torch.strided and not x.is_neg()
+    """Whether the values of x are those at its address: none are at that of a zero or of what a transform has left behind."""
+    if type(x) not in PLAIN or x.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return not (x.is_neg() or x._is_zerotensor())
 
 
 def is_watched() -> bool:
@@ -39,6 +41,6 @@ def planes(x: Tensor) -> tuple[int, int, int]:
 def like(dy: Tensor, x: Tensor) -> Tensor:
     """dy as x lies in memory."""
     lies = dy.is_contiguous() if x.is_contiguous() else dy.stride() == x.stride()
-    if lies and dy.dtype == x.dtype and is_plain(dy) and not dy._is_zerotensor():
+    if lies and dy.dtype == x.dtype and is_plain(dy):
         return dy
     return torch.empty_like(x).copy_(dy)

@@ -177,7 +177,7 @@ def passed(value, y):
 def move(running, channel, value, factor, moves):
     """Move a running statistic (C,) towards `value` (BLOCK_C,) where `moves`."""
     old = tl.load(running + channel, mask=moves, other=0.0).to(tl.float64)
-    new = old + factor * (value - old)
+    new = (1 - factor) * old + factor * value
     if running.dtype.element_ty != tl.float64:
         new = new.to(tl.float32)
     tl.store(running + channel, new, mask=moves)
