@@ -37,10 +37,10 @@ def checked(model: nn.Module) -> Iterator[None]:
     A loop of `even_steps` over other ranks than those compared here has a channel of its own. A rank that waits there, for one
     that is in a layer or has left or failed, hears of it at the timeout, and so does one that waits here for a rank in there.
 
-    What is compared is every collective of a layer of ours that runs inside, of whatever model: `model` gives the names, and
-    the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All of these
-    enter and leave the context together. NaN or Inf in what a rank reduces is a warning, once, that names the rank and the
-    layer; it propagates as in one process. (In backward under a gradient scaler it is routine.)
+    What is compared is every collective of a layer of ours whose forward runs inside, of whatever model: `model` gives the
+    names, and the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All
+    of these enter and leave the context together. NaN or Inf in what a rank reduces is a warning, once, that names the rank and
+    the layer; it propagates as in one process. (In backward under a gradient scaler it is routine.)
 
     Each collective costs one more small one over Gloo, and waits for the device: a tool for finding an error, or for runs that
     must not stand still. Compiled code is not seen. Not for `SyncBatchNormJoin`, whose ranks out of data run no layers.

@@ -32,9 +32,14 @@ Rows = list[list[int]]  # (size, VALUES), by rank
 def side_group(group: ProcessGroup) -> "Side":
     """The control channel of the ranks of `group`, one for all who ask; every rank of the group asks at the same time.
 
+    A group of the same ranks as the default one, for as long a wait, has that one's: who asks with either hears of the other.
+
     Raises:
         CollectiveError: it is to be made, and a rank is gone or does not come within the timeout.
     """
+    world = dist.group.WORLD
+    if world is not None and ranks_of(group) == ranks_of(world) and timeout(group) == timeout(world):
+        group = world
     if group not in _sides or _sides[group].is_broken():
         _sides[group] = Side(group)
     return _sides[group]

@@ -8,11 +8,9 @@ Requirements
       checked in every other.
 """
 
-import pickle
 import threading
-import time
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ from .accumulation import Calls, is_compiled, move_statistics
 from .collectives import CollectiveError, Group, timeout
 from .control import own_group
 from .module import _Synchronized
-from .observing import Call
+from .schedule import Entry, Schedule
 
 COMPILED = "given a compiled model or training step, whose collectives are not seen; expected eager mode, or syncbn.even_steps"
 UNSEEN = "given a forward in which no layer in training mode was seen; expected one, in eager mode, or syncbn.even_steps"
@@ -37,15 +35,6 @@ HELD = (
 def _refused(problem: str) -> ValueError:
     rank, size = collectives.rank_and_size()
     return ValueError(f"{problem} (rank {rank} of {size})")
-
-
-class _Entry(NamedTuple):
-    """A collective of a layer, as the ranks that are out of data have to know it."""
-
-    size: int  # of the message, float64
-    moves: int | None  # the layer whose running statistics it moves, by its place in the model
-    phase: str
-    layer: str  # its name
 
 
 class SyncBatchNormJoin(Joinable):
@@ -106,10 +95,10 @@ class SyncBatchNormJoin(Joinable):
         ddp.register_forward_hook(self._after_forward)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """Of a new context, which alone holds its schedule: it goes when an exception leaves the context."""
+        """Of a new context, which alone holds its schedule: unless a name keeps it, it goes when an exception leaves it."""
         self._refuse_compiled()
         self.contexts += 1
-        schedule = _Schedule(self.store, self.contexts, self.layers)
+        schedule = Schedule(self.store, self.contexts, self.layers, lambda: self._join_config.enable)
         observing.watchers[self.group] = schedule
         return _Shadow(self, schedule)
 
@@ -133,7 +122,9 @@ class SyncBatchNormJoin(Joinable):
         """Tell Join that this rank has data, in the place of the wrapper, and the schedule what its step cannot have."""
         schedule: Any = observing.watchers.get(self.group)
         if schedule is not None and not self._join_config.is_first_joinable:
-            raise ValueError("given Join([ddp_model, joined, ...]); expected Join([joined, ddp_model, ...]), ours first")
+            raise ValueError(
+                "given a Join with others before this one; expected Join([joined, ddp_model]), of one model, ours first"
+            )
         work = Join.notify_join_context(self)
         if work is not None:
             self.ddp.reducer._set_forward_pass_work_handle(work, self.ddp._divide_by_initial_world_size)
@@ -155,100 +146,22 @@ class SyncBatchNormJoin(Joinable):
         return None if self.ddp.broadcast_buffers or held.isdisjoint(self.layers) else HELD
 
 
-class _Schedule:
-    """Sees all calls of the layers in a context: those of its first step, recorded and published, and checked from then on."""
-
-    def __init__(self, store: Any, context: int, layers: list[Any]) -> None:
-        self.store = store
-        self.context = context
-        self.places = {layer: place for place, layer in enumerate(layers)}
-        self.words = 0  # published, or read
-        self.entries: list[_Entry] = []
-        self.whole = False  # a step is recorded
-        self.at: int | None = None  # calls made in this step; None: this rank has had no data
-
-    def begin(self, problem: ValueError | None) -> None:
-        """A forward of the wrapped model starts. In the first step the ranks that are out of data raise its problem too."""
-        if self.at is None:
-            self._publish(problem)
-        if problem is not None:
-            raise problem
-        self.end()
-        if self.whole and self.at != len(self.entries):
-            raise self._error(f"a forward after {self.at} calls of a step")
-        self.at = 0
-
-    def end(self) -> None:
-        """The step is over, if there was one: what was recorded is the schedule."""
-        if self.at is not None and not self.whole:
-            self._publish(None)
-            self.whole = True
-
-    def before(self, call: Call, local: Tensor) -> None:
-        moving = call.phase == "forward" and call.sums
-        moves = self.places.get(call.forward.layer) if moving else None
-        entry = _Entry(local.numel(), moves, call.phase, call.layer)
-        given = f"{entry.phase} of layer {entry.layer!r} with {entry.size} values"
-        if self.at is None:
-            raise self._error(f"{given} before a forward of the wrapped model")
-        if not self.whole:
-            self._publish(entry)
-            self.entries.append(entry)
-        elif self.at == len(self.entries) or entry[:2] != self.entries[self.at][:2]:
-            raise self._error(f"{given} as call {self.at + 1} of a step")
-        self.at += 1
-
-    def after(self, call: Call, local: Tensor, reduced: Tensor) -> None: ...
-
-    def failed(self, call: Call, error: BaseException) -> None: ...
-
-    def _error(self, given: str) -> CollectiveError:
-        rank, size = collectives.rank_and_size()
-        expected = self.entries[self.at] if self.at is not None and self.at < len(self.entries) else None
-        wanted = f"{expected.phase} of layer {expected.layer!r}, {expected.size} values" if expected else "the next forward"
-        return CollectiveError(
-            f"given {given} on rank {rank} of {size}; expected {wanted}, as in the first step: SyncBatchNormJoin takes "
-            "one order of calls only, use syncbn.even_steps"
-        )
-
-    def _publish(self, word: Any) -> None:
-        self.store.set(f"{self.context}/{self.words}", pickle.dumps(word))
-        self.words += 1
-
-    def read(self, seconds: float) -> Any:
-        """The next word of the ranks that have data; raised if it is their problem."""
-        key, end = f"{self.context}/{self.words}", time.monotonic() + seconds
-        while not self.store.check([key]):
-            if time.monotonic() > end:
-                raise CollectiveError(f"no word from the ranks that have data within {seconds:g} s; expected their calls")
-            time.sleep(0.001)
-        self.words += 1
-        word = pickle.loads(self.store.get(key))
-        if isinstance(word, ValueError):
-            raise word
-        return word
-
-    def follow(self, seconds: float) -> Iterator[_Entry]:
-        """The calls of a first step that other ranks are in, as they come."""
-        while (entry := self.read(seconds)) is not None:
-            self.entries.append(entry)
-            yield entry
-        self.whole = True
-
-
 class _Shadow(JoinHook):
     """What a rank that is out of data does for the layers in a step of the others."""
 
-    def __init__(self, joined: SyncBatchNormJoin, schedule: _Schedule) -> None:
+    def __init__(self, joined: SyncBatchNormJoin, schedule: Schedule) -> None:
         self.joined = joined
         self.schedule = schedule
         self.seconds = timeout(joined.group).total_seconds()
-        self.posted: list[tuple[_Entry, Tensor, Any]] = []  # call, message, work
+        self.posted: list[tuple[Entry, Tensor, Any]] = []  # call, message, work
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
     def main_hook(self) -> None:
-        """Post the calls of a step; the first one is not known to a rank that never had data, and followed by a thread."""
+        """Post the calls of a step; the first one, not known to a rank that never had data, is followed by a thread.
+
+        The thread has a stream of its own: on theirs the wrapper's hooks wait for what comes after.
+        """
         self._finish()
         self.schedule.end()
         if self.schedule.whole:
@@ -267,14 +180,12 @@ class _Shadow(JoinHook):
 
     def _follow(self) -> None:
         try:
-            with collectives.stream_of_its_own(
-                self.joined.join_device
-            ):  # the wrapper's hooks wait on theirs for what comes after
+            with collectives.stream_of_its_own(self.joined.join_device):
                 self._post(self.schedule.follow(self.seconds))
         except BaseException as error:
             self.error = error
 
-    def _post(self, entries: Iterable[_Entry]) -> None:
+    def _post(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             message = torch.zeros(entry.size, dtype=torch.float64, device=self.joined.join_device)
             self.posted.append((entry, message, collectives.post(message, self.joined.group)))

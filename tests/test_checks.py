@@ -1,6 +1,7 @@
 """Checked mode: ranks that differ all raise the same at once, and those that do not go on as ever."""
 
 import contextlib
+import itertools
 import time
 import warnings
 
@@ -282,14 +283,15 @@ IN_LOOPS = {
 
 def _in_loops(world):
     found = {}
-    for end in IN_LOOPS:
-        model = syncbn.convert(Net(), world.group)
+    own = dist.new_group(timeout=timeout(dist.group.WORLD))
+    for end, group in itertools.product(IN_LOOPS, (world.group, own)):
+        model = syncbn.convert(Net(), group)
         start = time.monotonic()
         try:
             with syncbn.checked(model):
                 _loop(model, world, world.rank == 1, end)
         except Exception as error:
-            found[end] = type(error).__name__, str(error), time.monotonic() - start
+            found[end, group is own] = type(error).__name__, str(error), time.monotonic() - start
     with syncbn.checked(model):
         found["after"] = [weight for _, weight in syncbn.even_steps([torch.ones(1, 3)] * world.rank, world.group)]
     return found
@@ -300,11 +302,12 @@ def in_loops():
     return worlds.run_fresh(3, _in_loops, group_timeout=30.0)
 
 
+@pytest.mark.parametrize("is_own", [False, True], ids=["", "layers with a group of their own"])
 @pytest.mark.parametrize("end", IN_LOOPS)
-def test_ranks_that_differ_in_a_loop_of_even_steps_all_raise_at_once(in_loops, end):
+def test_ranks_that_differ_in_a_loop_of_even_steps_all_raise_at_once(in_loops, end, is_own):
     others = "ranks 0, 2 in step 3 of loop 1 of even_steps; expected the same calls"
     for rank, found in enumerate(in_loops):
-        kind, message, seconds = found[end]
+        kind, message, seconds = found[end, is_own]
         if end == "raised" and rank == 1:
             assert (kind, message) == ("ZeroDivisionError", "of this rank"), "its own error"
         else:

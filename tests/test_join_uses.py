@@ -185,6 +185,19 @@ def test_each_context_has_a_schedule_of_its_own():
     check("_other_layers_in_each_context", model)
 
 
+def _switched_off(world):
+    ddp, joined, optimizer = wrapped(Net())
+    with Join([joined, ddp], enable=False):  # as accelerate has it with even_batches
+        epoch(world, ddp, optimizer, EQUAL)
+    return ddp.module.state_dict()
+
+
+def test_a_join_that_is_switched_off_does_nothing():
+    model = Net()
+    one_process(model, torch.optim.SGD(model.parameters(), lr=0.001), EQUAL)
+    check("_switched_off", model)
+
+
 def message_of(kind, function):
     try:
         function()
@@ -325,5 +338,6 @@ CASES = [
     _accumulated_without_broadcast,
     _cut_short,
     _under_other_names,
+    _switched_off,
     _other_layers_in_each_context,
 ]
