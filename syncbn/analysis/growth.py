@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..collectives import GroupLike
 from .factor import Activation, GrowthFactor, growth_factor
-from .layers import calls_seen, weights_of
+from .layers import weights_of
 from .objective import Loss, Objective, norm, objective
+from .tape import Tape
 
 SKIPPED = 3  # layers next to the loss, whose gradients have not settled
 LITTLE = 1.01  # λ² below which nothing grows
@@ -24,7 +24,7 @@ LITTLE = 1.01  # λ² below which nothing grows
 
 class LayerGradient(NamedTuple):
     name: str  # path of the module
-    depth: int  # layers with weights on the longest path from the input to its output, itself included
+    depth: int  # layers that call no other on the longest path from the input to its output, itself included if it is one
     weight_norm: float  # ‖∂L/∂W‖
     output_norm: float  # ‖∂L/∂h‖, of its outputs in all calls
 
@@ -38,12 +38,12 @@ class NormLayer(NamedTuple):
 class Growth(NamedTuple):
     """L is the mean loss of all ranks."""
 
-    layers: tuple[LayerGradient, ...]  # in the order of their first calls
-    norms: tuple[NormLayer, ...]  # batch norm layers, likewise
+    layers: tuple[LayerGradient, ...]  # in the order in which their first calls begin
+    norms: tuple[NormLayer, ...]  # batch norm layers that normalize by their batch, likewise
     lambda_sq: float  # growth of ‖∂L/∂W‖² per layer, towards the input, as fitted; NaN for fewer than two depths
     lambda_norm: float  # of ‖∂L/∂W‖
     lambda_sq_output: float  # of ‖∂L/∂h‖²
-    first_over_last: float  # ‖∂L/∂W‖ of the first layer over that of the last
+    first_over_last: float  # ‖∂L/∂W‖ of the first layer over that of the last, of those that call no other
 
 
 def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: GroupLike = None) -> Growth:
@@ -57,6 +57,9 @@ def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: Gro
     (last − 3) where the network has 8 or more, over all otherwise (Yang et al. 2019, arXiv:1902.08129). Layers of
     different widths have norms of different size whatever their depth: λ describes networks of like layers.
 
+    A layer is a module with a weight of its own. One that calls other layers (a model that adds a positional embedding, a block
+    with a scale of its own) is listed, but the fits, the depths and the ratio are of those that call no other.
+
     Args:
         model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.
 
@@ -64,11 +67,8 @@ def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: Gro
         ValueError: as `objective`; no module with a weight was run.
     """
     with objective(model, loss, batch, process_group) as goal:
-        tape = _Tape()
-        with (
-            calls_seen(goal.model, tape.layer, lambda module: bool(weights_of(module))),
-            calls_seen(goal.model, tape.norm, lambda module: isinstance(module, _BatchNorm)),
-        ):
+        tape = Tape()
+        with tape.recording(goal.model):
             part = goal.local()
         if not tape.modules:
             raise ValueError(
@@ -78,34 +78,8 @@ def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: Gro
         return _measured(goal, tape, part)
 
 
-class _Tape:
-    """What hooks see of a forward."""
-
-    def __init__(self) -> None:
-        self.modules: dict[str, nn.Module] = {}
-        self.nodes: dict[Any, str] = {}  # of the graph, that end a layer
-        self.outputs: dict[str, Any] = {}  # the first of each
-        self.squares: dict[str, list[Tensor]] = {}  # ‖∂/∂h‖² of each call, once backward has run
-        self.values: dict[str, int] = {}  # per channel, of batch norm layers
-
-    def layer(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(output, Tensor) or output.grad_fn is None:
-            return
-        self.modules.setdefault(path, module)
-        self.nodes[output.grad_fn] = path
-        self.outputs.setdefault(path, output.grad_fn)
-        squares = self.squares.setdefault(path, [])
-        output.register_hook(lambda gradient: squares.append(gradient.double().square().sum()))
-
-    def norm(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
-            x = inputs[0]
-            self.values.setdefault(path, x.shape[0] * math.prod(x.shape[2:]))
-
-
-def _measured(goal: Objective, tape: _Tape, part: Tensor) -> Growth:
-    depths = _depths(part.grad_fn, set(tape.nodes))
+def _measured(goal: Objective, tape: Tape, part: Tensor) -> Growth:
+    depths = tape.depths(part.grad_fn)
     parameters = [parameter for module in tape.modules.values() for parameter in weights_of(module)]
     found = torch.autograd.grad(part, parameters, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
@@ -115,32 +89,17 @@ def _measured(goal: Objective, tape: _Tape, part: Tensor) -> Growth:
     squares, counts, *summed = goal.sum([squares, counts, *gradients])
     of = dict(zip(parameters, summed, strict=True))
     layers = tuple(
-        LayerGradient(path, depths.get(tape.outputs[path], 0), norm([of[p] for p in weights_of(module)]), square**0.5)
+        LayerGradient(path, depths[path], norm([of[p] for p in weights_of(module)]), square**0.5)
         for (path, module), square in zip(tape.modules.items(), squares.tolist(), strict=True)
     )
     norms = tuple(NormLayer(path, n, total) for (path, n), total in zip(tape.values.items(), counts.tolist(), strict=True))
-    by_depth = [layer.depth for layer in layers]
-    weights = fitted(by_depth, [layer.weight_norm**2 for layer in layers])
-    outputs = fitted(by_depth, [layer.output_norm**2 for layer in layers])
-    first, last = layers[0].weight_norm, layers[-1].weight_norm
+    counted = [layer for layer in layers if layer.name not in tape.callers]
+    by_depth = [layer.depth for layer in counted]
+    weights = fitted(by_depth, [layer.weight_norm**2 for layer in counted])
+    outputs = fitted(by_depth, [layer.output_norm**2 for layer in counted])
+    first, last = counted[0].weight_norm, counted[-1].weight_norm
     ratio = first / last if last > 0 else math.nan
     return Growth(layers, norms, weights.lambda_sq, weights.lambda_norm, outputs.lambda_sq, ratio)
-
-
-def _depths(root: Any, ends: set[Any]) -> dict[Any, int]:
-    """The largest number of `ends` on a path from a leaf to each node of the graph, itself included."""
-    depth: dict[Any, int] = {}
-    stack = [root]
-    while stack:
-        node = stack[-1]
-        before = [child for child, _ in node.next_functions if child is not None]
-        missing = [child for child in before if child not in depth]
-        if missing and node not in depth:
-            stack += missing
-            continue
-        stack.pop()
-        depth.setdefault(node, max((depth[child] for child in before), default=0) + (node in ends))
-    return depth
 
 
 def fitted(depths: Sequence[int], squares: Sequence[float]) -> GrowthFactor:
@@ -181,10 +140,10 @@ def advice(growth: Growth, activation: str | Activation = "relu", ranks: Sequenc
         lines.append(f"{worst.name}, per layer of its kind: {_compared(worst.local, worst.total, activation)}")
         return "\n".join(lines)
     told = said_of(worst.local, activation)
-    lines.append(f"{worst.name}, the layer of the fewest values, per layer of its kind: {told}; this batch split over")
-    for size in ranks:
-        if worst.local // size >= 1:
-            lines.append(f"  {size} ranks: {_compared(worst.local // size, worst.local, activation)}")
+    splits = [size for size in ranks if worst.local // size >= 1]
+    split = "; this batch split over" if splits else ""
+    lines.append(f"{worst.name}, the layer of the fewest values, per layer of its kind: {told}{split}")
+    lines += [f"  {size} ranks: {_compared(worst.local // size, worst.local, activation)}" for size in splits]
     return "\n".join(lines)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
 
 class Layer(NamedTuple):
@@ -20,18 +21,38 @@ class Layer(NamedTuple):
 
 
 @contextlib.contextmanager
-def calls_seen(model: nn.Module, hook: Hook, wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Call `hook(path, module, inputs, output)` after each forward of the modules wanted, inside."""
+def calls_seen(
+    model: nn.Module, hook: Hook, wanted: Callable[[nn.Module], bool], begins: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Call `hook(path, module, inputs, output)` after each forward of the modules wanted, inside, and `begins(path)` before it.
 
-    def seen_by(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    What the hook returns, if it is not None, takes the place of the output. Where `begins` is given, a forward that raises has
+    an output too, None.
+    """
+
+    def seen_by(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         return lambda module, inputs, output: hook(path, module, inputs, output)
 
-    handles = [m.register_forward_hook(seen_by(path or type(m).__name__)) for path, m in model.named_modules() if wanted(m)]
+    def begun_by(path: str, begins: Callable[[str], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, inputs: begins(path)
+
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+        if wanted(module):
+            name = path or type(module).__name__
+            handles.append(module.register_forward_hook(seen_by(name), always_call=begins is not None))
+            if begins is not None:
+                handles.append(module.register_forward_pre_hook(begun_by(name, begins)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def normalizes_by_its_batch(module: nn.Module) -> bool:
+    """Whether it is a batch norm layer, and not a frozen one."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

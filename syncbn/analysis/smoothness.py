@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import equations
 from ..collectives import GroupLike
 from ..module import SyncBatchNormReLU, _Synchronized
+from .layers import normalizes_by_its_batch
 from .objective import Loss, Objective, objective
 from .ranks import resolve, size_of, sum_over_ranks
 
@@ -81,7 +81,7 @@ def batch_norm_smoothness(
         handles = [
             handle
             for name, layer in goal.model.named_modules()
-            if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
+            if normalizes_by_its_batch(layer)
             if not isinstance(layer, SyncBatchNormReLU)  # whose output is not that of batch norm
             for handle in _watch(name or type(layer).__name__, layer, calls)
         ]

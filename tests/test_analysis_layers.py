@@ -1,0 +1,155 @@
+"""What is a layer of a network, and what hooks record of it: views written to, order, layers that call others, frozen ones."""
+
+import analysis_oracle as oracle
+import pytest
+import torch
+from torch import nn
+
+from syncbn.analysis import advice, gradient_growth
+from syncbn.analysis.growth import Growth, NormLayer
+
+
+def mean_square(model, x):
+    return model(x).square().mean()
+
+
+def data(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+
+def seeded(build, *args):
+    torch.manual_seed(10)
+    return build(*args).double()
+
+
+def linear(inplace):
+    act = nn.ReLU(inplace=inplace)
+    return nn.Sequential(nn.Linear(4, 6), act, nn.Linear(6, 6), act, nn.Linear(6, 3))
+
+
+def unbatched(inplace):
+    act = nn.ReLU(inplace=inplace)
+    return nn.Sequential(nn.Conv2d(2, 3, 2), act, nn.Conv2d(3, 3, 1), act, nn.Conv2d(3, 1, 1))
+
+
+class Recurrent(nn.Module):
+    """A tuple whose first element is written to."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.first, self.last = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+        self.act = nn.ReLU(inplace=inplace)
+
+    def forward(self, x):
+        h, _ = self.first(x)
+        return self.last(self.act(h))
+
+
+@pytest.mark.parametrize(("build", "shape"), [(linear, (5, 7, 4)), (unbatched, (2, 6, 6)), (Recurrent, (5, 7, 4))])
+def test_what_is_written_to_a_layers_output_does_not_matter(build, shape):
+    """Outputs that are views."""
+    inplace, plain = (
+        gradient_growth(seeded(lambda flag=flag: build(flag)), data(*shape), mean_square) for flag in (True, False)
+    )
+    assert [layer.depth for layer in inplace.layers] == list(range(1, len(inplace.layers) + 1))
+    assert inplace == plain
+    assert all(layer.output_norm > 0 for layer in inplace.layers)
+    if build is linear:
+        model = seeded(build, False)
+        weights, outputs = oracle.layer_norms(model, [model[0], model[2], model[4]], mean_square, data(*shape))
+        assert [layer.weight_norm for layer in inplace.layers] == pytest.approx(weights, rel=1e-12)
+        assert [layer.output_norm for layer in inplace.layers] == pytest.approx(outputs, rel=1e-12)
+        assert inplace.lambda_sq == pytest.approx(oracle.growth(weights, 1, 3), rel=1e-10)
+
+
+class Block(nn.Module):
+    """A scale of its own, two dimensions, on what two layers give."""
+
+    def __init__(self, scaled):
+        super().__init__()
+        self.two, self.one = nn.Linear(6, 6), nn.Linear(6, 6)
+        if scaled:
+            self.scale = nn.Parameter(torch.full((1, 6), 0.75))
+
+    def forward(self, x):
+        h = self.two(torch.tanh(self.one(x)))
+        return x + h * (self.scale if hasattr(self, "scale") else 0.75)
+
+
+class Embedded(nn.Module):
+    """Adds a positional embedding."""
+
+    def __init__(self, learned):
+        super().__init__()
+        self.head, self.body = nn.Linear(6, 2), nn.Sequential(Block(learned), Block(learned))
+        self.first = nn.Linear(4, 6)
+        position = torch.linspace(-1, 1, 42).view(7, 6)
+        if learned:
+            self.position = nn.Parameter(position)
+        else:
+            self.register_buffer("position", position)
+
+    def forward(self, x):
+        return self.head(self.body(self.first(x) + self.position))
+
+
+def test_layers_that_call_others_are_listed_and_do_not_count():
+    """Against the network in which what they have of their own is constant."""
+    with_own, plain = (
+        gradient_growth(seeded(lambda flag=flag: Embedded(flag)), data(5, 7, 4), mean_square) for flag in (True, False)
+    )
+    inner = ["first", "body.0.one", "body.0.two", "body.1.one", "body.1.two", "head"]
+    assert [layer.name for layer in plain.layers] == inner
+    order = ["Embedded", "first", "body.0", "body.0.one", "body.0.two", "body.1", "body.1.one", "body.1.two", "head"]
+    assert [layer.name for layer in with_own.layers] == order
+    depths = {layer.name: layer.depth for layer in with_own.layers}
+    assert [depths[name] for name in inner] == [1, 2, 3, 4, 5, 6]
+    assert (depths["body.0"], depths["body.1"], depths["Embedded"]) == (3, 5, 6)
+    for layer in plain.layers:
+        (same,) = (one for one in with_own.layers if one.name == layer.name)
+        assert same[1:] == pytest.approx(layer[1:], rel=1e-12)
+    assert with_own[2:] == pytest.approx(plain[2:], rel=1e-12)
+    model = seeded(Embedded, True)
+    gradients = oracle.gradients(model, mean_square, data(5, 7, 4))
+    for layer in with_own.layers:
+        own = {"Embedded": "position", "body.0": "body.0.scale", "body.1": "body.1.scale"}.get(
+            layer.name, f"{layer.name}.weight"
+        )
+        assert layer.weight_norm == pytest.approx(gradients[own].norm().item(), rel=1e-12)
+    ratio = gradients["first.weight"].norm() / gradients["head.weight"].norm()
+    assert with_own.first_over_last == pytest.approx(ratio.item(), rel=1e-12)
+
+
+class Retried(nn.Module):
+    """A layer whose first call raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with pytest.raises(RuntimeError):
+            self.last(x)
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_a_call_that_raises_calls_no_other():
+    growth = gradient_growth(seeded(Retried), data(5, 4), mean_square)
+    assert [(layer.name, layer.depth) for layer in growth.layers] == [("first", 1), ("last", 2)]
+    assert growth.first_over_last == pytest.approx(growth.layers[0].weight_norm / growth.layers[1].weight_norm, rel=1e-12)
+
+
+def test_frozen_batch_norm_is_none():
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3), nn.BatchNorm1d(3)))
+    model[1].eval()
+    assert gradient_growth(model, data(5, 4), mean_square).norms == (NormLayer("3", 5.0, 5.0),)
+    growth = gradient_growth(model.eval(), data(5, 4), mean_square)
+    assert growth.norms == ()
+    assert advice(growth).endswith("nothing to synchronize")
+    model[3] = nn.BatchNorm1d(3, track_running_stats=False).double().eval()  # which never has another's statistics
+    assert gradient_growth(model, data(5, 4), mean_square).norms == (NormLayer("3", 5.0, 5.0),)
+
+
+def test_advice_on_one_sample():
+    told = advice(Growth((), (NormLayer("a", 1, 1),), 1.5, 1.22, 1.5, 3.0))
+    assert told.endswith("a, the layer of the fewest values, per layer of its kind: 1 value per channel: no batch norm")
