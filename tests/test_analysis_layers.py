@@ -1,11 +1,12 @@
-"""What is a layer of a network, and what hooks record of it: views written to, order, layers that call others, frozen ones."""
+"""What is a layer of a network, and what is recorded of it: views, order, layers that call others, frozen, parametrized."""
 
 import analysis_oracle as oracle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
-from syncbn.analysis import advice, gradient_growth
+from syncbn.analysis import advice, gradient_correlation, gradient_growth
 from syncbn.analysis.growth import Growth, NormLayer
 
 
@@ -153,3 +154,127 @@ def test_frozen_batch_norm_is_none():
 def test_advice_on_one_sample():
     told = advice(Growth((), (NormLayer("a", 1, 1),), 1.5, 1.22, 1.5, 3.0))
     assert told.endswith("a, the layer of the fewest values, per layer of its kind: 1 value per channel: no batch norm")
+
+
+class Same(nn.Module):
+    """w·1, by a module with a module inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, weight):
+        return self.inner(weight) * 1.0
+
+
+class Scaled(nn.Module):
+    """w times a factor by output that is trained, (n, 1)."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.factor = nn.Parameter(torch.linspace(0.5, 1.5, outputs, dtype=torch.float64)[:, None])
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+def normed():
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def parametrized(way):
+    """`normed()` with parametrized layers, and a plain network of the same weights."""
+    model = seeded(normed)
+    for number in (0, 3, 5):
+        way(model[number])
+    plain = seeded(normed)
+    model(data(9, 4))  # a step of spectral_norm's power iteration
+    model.eval()  # and no more
+    model[1].train()
+    with torch.no_grad():
+        for number in (0, 3, 5):
+            plain[number].weight.copy_(model[number].weight)
+    return model, plain
+
+
+def same(layer):
+    parametrize.register_parametrization(layer, "weight", Same())
+    parametrize.register_parametrization(layer, "bias", Same())
+
+
+WAYS = {
+    "same": same,
+    "spectral": parametrizations.spectral_norm,
+    "weight": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", Scaled(layer.out_features)),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_parametrized_layer_is_the_layer(name):
+    """Of the same function: depths, gradients by outputs and their growth; of w·1 all that is measured."""
+    model, plain = parametrized(WAYS[name])
+    found, expected = (gradient_growth(one, data(9, 4), mean_square) for one in (model, plain))
+    assert [(layer.name, layer.depth) for layer in found.layers] == [("0", 1), ("3", 2), ("5", 3)]
+    outputs = [layer.output_norm for layer in expected.layers]
+    assert [layer.output_norm for layer in found.layers] == pytest.approx(outputs, rel=1e-11)
+    assert found.lambda_sq_output == pytest.approx(expected.lambda_sq_output, rel=1e-10)
+    assert found.norms == expected.norms
+    gradients = oracle.gradients(model, mean_square, data(9, 4))
+    for layer in found.layers:
+        own = [g for path, g in gradients.items() if path.startswith(f"{layer.name}.") and g.dim() > 1]
+        assert layer.weight_norm == pytest.approx(sum(g.square().sum().item() for g in own) ** 0.5, rel=1e-11)
+    if name == "same":
+        assert found == expected
+
+
+@pytest.mark.parametrize("lr", [0.5, 0.0])
+def test_the_shift_of_parametrized_layers_is_that_of_plain_ones(lr):
+    model, plain = parametrized(same)
+    found, expected = (gradient_correlation(one, mean_square, data(9, 4), lr) for one in (model, plain))
+    assert [layer.name for layer in found.layers] == ["0", "3", "5"]
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one[1:] == pytest.approx(other[1:], rel=1e-12)
+    assert (expected.relative > 0.01) == (lr > 0)
+
+
+def test_the_shift_of_a_users_parametrization():
+    """Its own parameters are updated with the layer, before the next is measured."""
+    model, _ = parametrized(WAYS["own"])
+    names = list(dict(model.named_parameters()))
+    groups = [[name for name in names if name[0] in numbers] for numbers in ("01", "3", "5")]
+    measured = [f"{number}.parametrizations.weight.original" for number in (0, 3, 5)]
+    updated = {n: p.detach() - 0.5 * g for (n, p), g in zip(model.named_parameters(), gradients_of(model), strict=True)}
+    before, after = oracle.shifted_gradients(model, groups, measured, mean_square, data(9, 4), updated)
+    factors = [f"{number}.parametrizations.weight.0.factor" for number in (0, 3, 5)]
+    more = oracle.shifted_gradients(model, groups, factors, mean_square, data(9, 4), updated)
+    found = gradient_correlation(model, mean_square, data(9, 4), 0.5)
+    for layer, a, b, c, d in zip(found.layers, before, after, *more, strict=True):
+        assert layer.l2 == pytest.approx(((a - b).square().sum() + (c - d).square().sum()).sqrt().item(), rel=1e-10, abs=1e-14)
+    assert found.layers[2].l2 > 1e-3
+
+
+def gradients_of(model):
+    return oracle.gradients(model, mean_square, data(9, 4)).values()
+
+
+class Tied(nn.Module):
+    """A weight that is that of another layer, turned."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, weight):
+        return self.layer.weight.T
+
+
+def test_a_layer_that_a_parametrization_holds_too_is_a_layer():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6)))
+    parametrize.register_parametrization(model[0], "weight", Tied(model[2]))
+    found = gradient_growth(model, data(9, 6), mean_square)
+    assert [(layer.name, layer.depth) for layer in found.layers] == [("0", 1), ("2", 2)]
+    gradients = oracle.gradients(model, mean_square, data(9, 6))
+    shared = next(g for path, g in gradients.items() if g is not None and g.shape == (6, 4))
+    assert found.layers[1].weight_norm == pytest.approx(shared.norm().item(), rel=1e-12)

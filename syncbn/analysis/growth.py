@@ -58,7 +58,8 @@ def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: Gro
     different widths have norms of different size whatever their depth: λ describes networks of like layers.
 
     A layer is a module with a weight of its own. One that calls other layers (a model that adds a positional embedding, a block
-    with a scale of its own) is listed, but the fits, the depths and the ratio are of those that call no other.
+    with a scale of its own) is listed, but the fits, the depths and the ratio are of those that call no other. The gradients
+    of a parametrized layer are by what is trained in the place of its weight.
 
     Args:
         model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.

@@ -1,7 +1,8 @@
 """The layers of a network in the order in which its forward runs them, which need not be that of registration.
 
 A layer is a module with a weight of two dimensions or more of its own, together with the parameters of what runs after it and
-before the next (the affine of its batch norm, say).
+before the next (the affine of its batch norm, say). Parametrized (torch.nn.utils.parametrize), it is the module, and its
+weights are those that are trained in their place.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
@@ -37,7 +39,7 @@ def calls_seen(
         return lambda module, inputs: begins(path)
 
     handles: list[Any] = []
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         if wanted(module):
             name = path or type(module).__name__
             handles.append(module.register_forward_hook(seen_by(name), always_call=begins is not None))
@@ -55,9 +57,27 @@ def normalizes_by_its_batch(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
 
 
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Its named_modules(), without those that are inside of parametrizations only."""
+    found: dict[nn.Module, str] = {}
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module in found:
+            continue
+        found[module] = path
+        inside = module.parametrizations if parametrize.is_parametrized(module) else None
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        stack += [(name, child) for name, child in reversed(children) if child is not inside]
+    return [(path, module) for module, path in found.items()]
+
+
 def trained(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters that require a gradient."""
-    return [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+    """The module's own parameters that require a gradient, those of its parametrizations among them."""
+    parameters = list(module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        parameters += module.get_submodule("parametrizations").parameters()
+    return [parameter for parameter in dict.fromkeys(parameters) if parameter.requires_grad]
 
 
 def weights_of(module: nn.Module) -> list[nn.Parameter]:
@@ -74,7 +94,7 @@ def layers_run(model: nn.Module, forward: Callable[[], Tensor]) -> list[Layer]:
         ValueError: there is none.
     """
     order: dict[nn.Module, str] = {}
-    paths = {module: path or type(module).__name__ for path, module in model.named_modules() if trained(module)}
+    paths = {module: path or type(module).__name__ for path, module in modules_of(model) if trained(module)}
 
     def begins(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         order.setdefault(module, paths[module])
@@ -109,7 +129,7 @@ def _followers(model: nn.Module, order: dict[nn.Module, str]) -> dict[nn.Module,
     """Modules that are not called, by the called one registered before them, or by the first called."""
     found: dict[nn.Module, list[nn.Module]] = {}
     last = next(iter(order), None)
-    for module in model.modules():
+    for _, module in modules_of(model):
         if module in order:
             last = module
         elif last is not None and trained(module):
