@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import syncbn
 from syncbn.analysis import advice, gradient_correlation, gradient_growth
 from syncbn.analysis.growth import Growth, NormLayer
 
@@ -278,3 +279,44 @@ def test_a_layer_that_a_parametrization_holds_too_is_a_layer():
     gradients = oracle.gradients(model, mean_square, data(9, 6))
     shared = next(g for path, g in gradients.items() if g is not None and g.shape == (6, 4))
     assert found.layers[1].weight_norm == pytest.approx(shared.norm().item(), rel=1e-12)
+
+
+class Masked(nn.Module):
+    """A layer of ours called in a way of its own: call(norm, h, mask)."""
+
+    def __init__(self, norm, call):
+        super().__init__()
+        self.first, self.norm, self.call = nn.Conv1d(2, 3, 1), norm, call
+
+    def forward(self, batch):
+        x, mask = batch
+        return self.call(self.norm, self.first(x), mask)
+
+
+MASKED = {
+    "second": (syncbn.SyncBatchNorm1d, lambda norm, h, mask: norm(h, mask)),
+    "second of any shape": (syncbn.SyncBatchNorm, lambda norm, h, mask: norm(h, mask[:, None])),
+    "keyword": (syncbn.SyncBatchNorm1d, lambda norm, h, mask: norm(h, mask=mask)),
+    "all keywords": (syncbn.SyncBatchNorm1d, lambda norm, h, mask: norm(mask=mask, input=h)),
+    "third": (syncbn.SyncBatchNormReLU, lambda norm, h, mask: norm(h, h, mask[:, None])),
+    "keyword, fused": (syncbn.SyncBatchNormReLU, lambda norm, h, mask: norm(h, mask=mask)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_leaves_so_many_values(name):
+    build, call = MASKED[name]
+    mask = torch.arange(20).view(4, 5) % 3 > 0
+    model = seeded(lambda: Masked(build(3), call))
+    assert gradient_growth(model, (data(4, 2, 5), mask), mean_square).norms == (NormLayer("norm", 13.0, 13.0),)
+
+
+@pytest.mark.parametrize("call", [lambda norm, h, mask: norm(h, None), lambda norm, h, mask: norm(input=h, mask=None)])
+def test_a_mask_of_none_is_none(call):
+    model = seeded(lambda: Masked(syncbn.SyncBatchNorm1d(3), call))
+    assert gradient_growth(model, (data(4, 2, 5), None), mean_square).norms == (NormLayer("norm", 20.0, 20.0),)
+
+
+def test_a_residual_is_no_mask():
+    model = seeded(lambda: Masked(syncbn.SyncBatchNormReLU(3), lambda norm, h, mask: norm(h, h)))
+    assert gradient_growth(model, (data(4, 2, 5), None), mean_square).norms == (NormLayer("norm", 20.0, 20.0),)

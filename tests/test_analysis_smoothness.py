@@ -119,6 +119,75 @@ def test_layers_that_do_not_normalize_by_their_batch_are_left_out():
         batch_norm_smoothness(net().eval(), cross_entropy, (*whole_batch(), 1))
 
 
+class Calling(nn.Module):
+    """`net()` of ours, whose first layer is called in a way: call(norm, y, mask)."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.net, self.call = syncbn.convert(net(0.3)), call
+
+    def forward(self, x):
+        y = self.net.first(x)
+        return self.net.behind(self.call(self.net.norm, y, torch.arange(18).view(6, 3) % 4 > 0), y)
+
+
+def test_masked_calls_are_left_out_however_the_mask_is_given():
+    batch = (*whole_batch(), 1)
+    ways = [lambda norm, y, mask: norm(y, mask), lambda norm, y, mask: norm(y, mask=mask)]
+    ((one,), (other,)) = (batch_norm_smoothness(Calling(call), cross_entropy, batch) for call in ways)
+    assert one == other
+    assert one.name == "net.flat"
+    assert max(one.gradient_error, one.curvature_error) <= 1e-10
+
+
+def test_a_call_without_a_mask_is_seen_however_the_input_is_given():
+    batch, expected = (*whole_batch(), 1), expected_around(0.3)["norm"]
+    for call in (
+        lambda norm, y, mask: norm(input=y),
+        lambda norm, y, mask: norm(y, None),
+        lambda norm, y, mask: norm(y, mask=None),
+    ):
+        layers = batch_norm_smoothness(Calling(call), cross_entropy, batch)
+        assert [layer.name for layer in layers] == ["net.norm", "net.flat"]
+        assert layers[0].curvature == pytest.approx(expected.curvature, rel=1e-9)
+        assert layers[0].gradient_sq == pytest.approx(expected.gradient_sq, rel=1e-9)
+
+
+class Distilled(nn.Module):
+    """A student beside a teacher in training mode that needs no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = net(0.3), net(0.3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.teacher(x)
+        return self.student(x)
+
+
+def test_calls_without_a_graph_are_left_out():
+    expected = expected_around(0.3)
+    layers = batch_norm_smoothness(Distilled(), cross_entropy, (*whole_batch(), 1))
+    assert [layer.name for layer in layers] == ["student.norm", "student.flat"]
+    for layer in layers:
+        assert layer.curvature == pytest.approx(expected[layer.name.removeprefix("student.")].curvature, rel=1e-9)
+    with pytest.raises(ValueError, match="no batch norm layer normalizes by its batch"):
+        batch_norm_smoothness(OnlyTeacher(), lambda model, x: model(x).square().mean(), whole_batch()[0][:, 0, :3])
+
+
+class OnlyTeacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(3), nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.norm(x)
+        return self.last(x)
+
+
 def _torchs_own(world):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(net(), world.group)
     try:

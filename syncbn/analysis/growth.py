@@ -31,7 +31,7 @@ class LayerGradient(NamedTuple):
 
 class NormLayer(NamedTuple):
     name: str
-    local: float  # values per channel of this rank's share
+    local: float  # values per channel of this rank's share, in its first call; under a mask those that count
     total: float  # of the shares of all ranks
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
+from ..module import SyncBatchNormReLU, _Synchronized
+
+Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 class Layer(NamedTuple):
@@ -26,14 +28,14 @@ class Layer(NamedTuple):
 def calls_seen(
     model: nn.Module, hook: Hook, wanted: Callable[[nn.Module], bool], begins: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Call `hook(path, module, inputs, output)` after each forward of the modules wanted, inside, and `begins(path)` before it.
+    """Call `hook(path, module, args, kwargs, output)` after each forward of the modules wanted, and `begins(path)` before it.
 
     What the hook returns, if it is not None, takes the place of the output. Where `begins` is given, a forward that raises has
     an output too, None.
     """
 
-    def seen_by(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        return lambda module, inputs, output: hook(path, module, inputs, output)
+    def seen_by(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
+        return lambda module, args, kwargs, output: hook(path, module, args, kwargs, output)
 
     def begun_by(path: str, begins: Callable[[str], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, inputs: begins(path)
@@ -42,7 +44,7 @@ def calls_seen(
     for path, module in modules_of(model):
         if wanted(module):
             name = path or type(module).__name__
-            handles.append(module.register_forward_hook(seen_by(name), always_call=begins is not None))
+            handles.append(module.register_forward_hook(seen_by(name), with_kwargs=True, always_call=begins is not None))
             if begins is not None:
                 handles.append(module.register_forward_pre_hook(begun_by(name, begins)))
     try:
@@ -55,6 +57,13 @@ def calls_seen(
 def normalizes_by_its_batch(module: nn.Module) -> bool:
     """Whether it is a batch norm layer, and not a frozen one."""
     return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def mask_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask in a call of a batch norm layer, (N, *) or (N, 1, *) bool."""
+    place = 2 if isinstance(layer, SyncBatchNormReLU) else 1
+    given = args[place] if len(args) > place else kwargs.get("mask")
+    return given if isinstance(layer, _Synchronized) and isinstance(given, Tensor) else None
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -65,7 +65,8 @@ def batch_norm_smoothness(
         model, loss, batch, process_group: as for `objective`; the model twice differentiable where it is.
 
     Returns:
-        Layers in the order of their calls; those in eval mode, masked calls, and SyncBatchNormReLU are left out.
+        Layers in the order of their calls; those in eval mode, SyncBatchNormReLU, and calls that are masked or run under
+        torch.no_grad() are left out.
 
     Raises:
         ValueError: as `objective`; no batch norm layer normalizes by its batch, or one is a torch.nn.SyncBatchNorm over ranks.
@@ -105,20 +106,22 @@ def _watch(name: str, layer: nn.Module, calls: list[_Call]) -> list[Any]:
     """Hooks that give each call an input and an output of its own: neither is used beside it or written to."""
     inputs: list[Tensor] = []
 
-    def before(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         inputs.clear()
-        if len(given) != 1:  # a mask
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        first = 0 if args else "input"
+        if any(value is not None for key, value in given.items() if key != first):  # a mask
             return None
-        y = given[0].clone()
+        y = given[first].clone()
         inputs.append(y if y.requires_grad else y.requires_grad_())
-        return (inputs[0],)
+        return (inputs[0],), {}
 
-    def after(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
-        if inputs:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if inputs and output.requires_grad:  # it does not under no_grad
             calls.append(_Call(name, module, inputs.pop(), output))
         return output.clone()
 
-    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    return [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
 
 
 def _terms(goal: Objective, call: _Call, u: Tensor, g: Tensor) -> LayerSmoothness:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import calls_seen, normalizes_by_its_batch, weights_of
+from .layers import calls_seen, mask_of, normalizes_by_its_batch, weights_of
 
 
 class Tape:
@@ -24,7 +24,7 @@ class Tape:
         self.callers: set[str] = set()  # those inside of whose calls another's is
         self.ends: dict[str, list[Any]] = {}  # nodes of the graph, of each call
         self.squares: dict[str, list[Tensor]] = {}  # ‖∂/∂h‖² of each call, once backward has run
-        self.values: dict[str, int] = {}  # per channel, of batch norm layers
+        self.values: dict[str, int] = {}  # per channel, of the first call of each batch norm layer
         self._begun = 0  # calls
         self._first: dict[str, int] = {}  # the number of the first call that gave something
         self._inside: list[tuple[str, int]] = []  # the calls that run, innermost last
@@ -49,7 +49,7 @@ class Tape:
         self._inside.append((path, self._begun))
         self._begun += 1
 
-    def _layer(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def _layer(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What the caller gets: a copy, for writing to a view would put another node in place of the layer's."""
         _, number = self._inside.pop()
         h = output[0] if isinstance(output, (tuple, list)) and output else output
@@ -65,10 +65,11 @@ class Tape:
             return h.clone()
         return type(output)((h.clone(), *output[1:])) if type(output) in (tuple, list) else None
 
-    def _norm(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and normalizes_by_its_batch(module):
-            x = inputs[0]
-            self.values.setdefault(path, x.shape[0] * math.prod(x.shape[2:]))
+    def _norm(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and normalizes_by_its_batch(module):
+            mask = mask_of(module, args, kwargs)
+            self.values.setdefault(path, x.shape[0] * math.prod(x.shape[2:]) if mask is None else int(mask.sum().item()))
 
 
 def _depths(root: Any, ends: set[Any]) -> dict[Any, int]:

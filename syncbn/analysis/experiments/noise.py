@@ -79,8 +79,8 @@ def result(seed: int, regime: str, lr: float = 0.03, epochs: int = EPOCHS) -> Re
     watched = [module for module in model if isinstance(module, nn.ReLU)][WATCHED]
     means: list[Tensor] = []
 
-    def see(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        means.append(inputs[0].detach().mean((0, 2, 3)))
+    def see(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        means.append(args[0].detach().mean((0, 2, 3)))
 
     order = batches(data.train, 64, seed)
     accuracies = []
