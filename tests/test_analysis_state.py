@@ -181,6 +181,38 @@ def test_a_compiled_model_runs_eagerly(way):
     assert gradient_growth(way(network()), batch(), Loss()) == plain
 
 
+def embedding(sparse):
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Embedding(5, 4, sparse=sparse), *network()).double()
+
+
+class OfNumbers(Loss):
+    """Of the samples' numbers."""
+
+    def __call__(self, model, batch):
+        return F.cross_entropy(model(batch[1]), batch[1])
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if name != "shift by Adam"])
+def test_sparse_gradients_are_as_dense_ones(name):
+    """Of an embedding that is the first layer; every sample three times."""
+    sparse, dense = (MEASURES[name](embedding(flag), OfNumbers(), batch()) for flag in (True, False))
+    assert repr(sparse) == repr(dense)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_complex_parameters_are_refused(name):
+    model = network()
+    model[2].register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex128)))
+    before, loss = Snapshot(model), Loss()
+    with pytest.raises(ValueError, match=r"given parameter '2\.phase' of torch\.complex128; expected real parameters"):
+        MEASURES[name](model, loss, batch())
+    before.check(model)
+    assert loss.calls == 0
+    model[2].phase.requires_grad_(False)
+    assert repr(MEASURES[name](model, Loss(), batch())) == repr(MEASURES[name](network(), Loss(), batch()))
+
+
 def test_inside_no_grad():
     model = network()
     plain = gradient_growth(model, batch(), Loss()).first_over_last

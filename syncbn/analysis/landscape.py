@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..collectives import GroupLike
 from .lanczos import Ritz, lanczos
 from .objective import Loss, Objective, cosine, norm, objective
+from .ranks import dense
 
 
 class Landscape(NamedTuple):
@@ -94,7 +95,8 @@ def hessian_spectrum(
     if iterations < 1:
         raise ValueError(f"given iterations={iterations}; expected 1 or more")
     with objective(model, loss, batch, process_group) as goal:
-        gradients = torch.autograd.grad(goal.local(), goal.parameters, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(goal.local(), goal.parameters, create_graph=True, allow_unused=True)
+        gradients = [None if gradient is None else dense(gradient) for gradient in found]
         size = sum(parameter.numel() for parameter in goal.parameters)
         start = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         return lanczos(lambda vector: _product(goal, gradients, vector), start.to(goal.parameters[0].device), iterations)

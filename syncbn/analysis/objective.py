@@ -78,7 +78,8 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
         process_group: the ranks whose shares make the batch; None: all ranks. Each of them comes.
 
     Raises:
-        ValueError: no parameter of the model requires a gradient; in a pass, `loss` gives no scalar tensor with a gradient.
+        ValueError: no parameter of the model requires a gradient, or a complex one does; in a pass, `loss` gives no scalar
+            tensor with a gradient.
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
@@ -99,6 +100,12 @@ class Objective:
         self.group = resolve(process_group)
         self.size = size_of(self.group)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.is_complex():
+                raise ValueError(
+                    f"given parameter {name!r} of {parameter.dtype}; expected real parameters: keep its torch.view_as_real, "
+                    "and take torch.view_as_complex of that in forward"
+                )
         if not self.parameters:
             raise ValueError(
                 f"given a {type(model).__name__} of which no parameter requires a gradient; expected one that trains"
