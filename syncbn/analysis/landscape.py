@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import GroupLike
+from .extremes import greatest
 from .lanczos import Ritz, lanczos
 from .objective import Loss, Objective, cosine, norm, objective
 from .ranks import dense
@@ -24,13 +25,13 @@ class Landscape(NamedTuple):
     gradient_norm: float  # ‖G‖
     distances: tuple[float, ...]  # ‖G − ∇L(W − ηG)‖: how well the gradient predicts the next
     cosines: tuple[float, ...]  # of the two
-    loss_range: float  # the largest loss minus the smallest
+    loss_range: float  # the largest loss minus the smallest; NaN, as what follows, where one of its terms is
     effective_beta: float  # the largest ‖G − ∇L(W − ηG)‖/(η‖G‖)
 
     @property
     def predictiveness(self) -> float:
         """The largest distance."""
-        return max(self.distances)
+        return greatest(self.distances)
 
 
 def gradient_landscape(
@@ -72,8 +73,8 @@ def gradient_landscape(
             losses.append(height)
             distances.append(norm([one - other for one, other in zip(start, there, strict=True)]))
             cosines.append(cosine(start, there))
-    beta = max(distance / (step * length) for distance, step in zip(distances, steps, strict=True))
-    spread = max(losses) - min(losses)
+    beta = greatest(distance / (step * length) for distance, step in zip(distances, steps, strict=True))
+    spread = greatest(losses) - min(losses)
     return Landscape(steps, tuple(losses), length, tuple(distances), tuple(cosines), spread, beta)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gaussian import GaussianHalfspace
+from ..rayleigh import rayleigh_ascent
 
 
 class Quadratic(NamedTuple):
@@ -92,6 +93,14 @@ def iterations(values: Tensor, limit: float) -> float:
     return below[0].item() if len(below) else math.inf
 
 
+def end_of(values: Tensor, most: float = 1e30) -> float:
+    """The last of the values of a descent, at most `most`, beyond which they may overflow; NaN where they do so earlier."""
+    finite = values[: int(values.isfinite().cumprod(0).sum())]
+    if len(finite) == len(values) or (len(finite) and finite[-1] >= most):
+        return min(finite[-1].item(), most)
+    return math.nan
+
+
 def leading(a: Tensor, b: Tensor) -> Tensor:
     """The vector of the largest eigenvalue of the pencil (B, A), ‖·‖ = 1."""
     factor = torch.linalg.cholesky(a)
@@ -99,6 +108,16 @@ def leading(a: Tensor, b: Tensor) -> Tensor:
     _, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(factor, half.T, upper=False))
     vector = torch.linalg.solve_triangular(factor.T, vectors[:, -1:], upper=True)[:, 0]
     return vector / vector.norm()
+
+
+def start_above(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
+    """Near the leading vector, (d,), drawn until its quotient is above the second eigenvalue."""
+    best = leading(a, b)
+    while True:
+        start = best + 0.3 * torch.randn(len(best), dtype=torch.float64, generator=generator)
+        found = rayleigh_ascent(a, b, start, 0)
+        if found.quotients[0] > found.eigenvalues[1]:
+            return start
 
 
 def gaussian_problem(seed: int, d: int, condition: float) -> tuple[Tensor, Tensor, Tensor]:
