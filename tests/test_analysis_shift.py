@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+import threading
 
 import analysis_oracle as oracle
 import pytest
@@ -140,6 +141,90 @@ def test_the_optimizer_is_left_as_it_was():
     assert tensors == {id(value) for state in optimizer.state.values() for value in state.values()}
     assert model.head.bias.grad.eq(1).all()
     assert model.head.weight.grad is None
+
+
+def stepped(model, optimizer):
+    """The parameters after a step of the optimizer itself, which is spent."""
+    for name, gradient in oracle.gradients(model, cross_entropy, (*whole_batch(), 1)).items():
+        model.get_parameter(name).grad = gradient
+    optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def parameters_of(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_an_optimizer_that_writes_to_its_gradients():
+    """They are those of step t afterwards, in float64 too."""
+    model = net()
+    updated = stepped(model, nesterov(model))
+    model = net()
+    check(gradient_correlation(model, cross_entropy, (*whole_batch(), 1), nesterov(model)), expected_by(updated))
+
+
+def nesterov(model):
+    return torch.optim.SGD(parameters_of(model), 2.0, momentum=0.9, nesterov=True, foreach=True)
+
+
+class Trusting(torch.optim.SGD):
+    """Attributes of its own: a scale that each step halves, a lock, a list of its parameters, a hook that is its method."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.scale, self.lock, self.mine = torch.tensor(2.0), threading.Lock(), list(parameters)
+        self.taken = 0
+        self.register_step_pre_hook(Trusting.count)
+        self.register_step_post_hook(self.halve)
+
+    def count(self, args, kwargs):
+        self.taken += 1
+
+    def halve(self, optimizer, args, kwargs):
+        assert optimizer is self
+        self.scale.mul_(0.5)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with self.lock:
+            for parameter in self.mine:
+                parameter.grad.mul_(self.scale)
+        return super().step(closure)
+
+
+def test_an_optimizer_with_attributes_and_hooks_of_its_own():
+    """And a schedule, which wraps its step."""
+    model = net()
+    updated = stepped(model, Trusting(parameters_of(model), 0.7))
+    model = net()
+    optimizer = Trusting(parameters_of(model), 0.7)
+    torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    for _ in range(2):
+        check(gradient_correlation(model, cross_entropy, (*whole_batch(), 1), optimizer), expected_by(updated))
+    assert (optimizer.scale, optimizer.taken) == (2, 0)
+    assert all(mine is parameter for mine, parameter in zip(optimizer.mine, parameters_of(model), strict=True))
+
+
+def test_a_users_hook_is_part_of_the_step():
+    """The update is by the signs of the gradients."""
+
+    def signs(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.sign_()
+
+    model = net()
+    gradients = oracle.gradients(model, cross_entropy, (*whole_batch(), 1))
+    updated = {name: p.detach() - 0.3 * gradients[name].sign() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(parameters_of(model), 0.3)
+    optimizer.register_step_pre_hook(signs)
+    check(gradient_correlation(model, cross_entropy, (*whole_batch(), 1), optimizer), expected_by(updated))
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    model = net()
+    with pytest.raises(ValueError, match=r"given a LBFGS, whose step calls a closure.*expected an optimizer that"):
+        gradient_correlation(model, cross_entropy, (*whole_batch(), 1), torch.optim.LBFGS(parameters_of(model)))
 
 
 def _mean_gradient(world):

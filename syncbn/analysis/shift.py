@@ -7,7 +7,9 @@ Requirements
 """
 
 import copy
+import inspect
 import math
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,12 +53,12 @@ def gradient_correlation(
 
     Args:
         model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.
-        optimizer_or_lr: an optimizer of the model's parameters, whose next step is taken on a copy; or the learning rate of
-            plain gradient descent. 0 is a control: cosines 1, distances exactly 0.
+        optimizer_or_lr: an optimizer of the model's parameters, whose next step is taken on a copy, with its hooks on steps, as
+            clipping may be; or the learning rate of plain gradient descent. 0 is a control: cosines 1, distances exactly 0.
 
     Raises:
-        ValueError: as `objective`; a learning rate that is no number of 0 or more; an optimizer of none of the parameters;
-            no layer with weights.
+        ValueError: as `objective`; a learning rate that is no number of 0 or more; an optimizer of none of the parameters,
+            or one whose step needs a closure, as LBFGS; no layer with weights.
     """
     with objective(model, loss, batch, process_group) as goal:
         layers = layers_run(goal.model, goal.local)
@@ -87,17 +89,28 @@ def _updated(goal: Objective, gradients: Sequence[Tensor], optimizer_or_lr: Opti
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
             raise ValueError(f"given optimizer_or_lr={rate!r}; expected an Optimizer or a learning rate of 0 or more")
         return [p.detach() - rate * g.to(p.dtype) for p, g in zip(goal.parameters, gradients, strict=True)]
-    shared = {id(p): p for group in optimizer_or_lr.param_groups for p in group["params"]}
-    if not shared.keys() & {id(parameter) for parameter in goal.parameters}:
-        given = type(optimizer_or_lr).__name__
+    return _stepped(goal, gradients, optimizer_or_lr)
+
+
+def _stepped(goal: Objective, gradients: Sequence[Tensor], optimizer: Optimizer) -> list[Tensor]:
+    """What the parameters would be after a step of a copy of the optimizer."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    others = [p for p in held if not any(p is mine for mine in goal.parameters)]
+    given = type(optimizer).__name__
+    if len(others) == len(held):
         raise ValueError(f"given a {given} that holds no parameter of the model; expected the model's own")
-    stepped = copy.deepcopy(optimizer_or_lr, dict(shared))  # its state is a copy, its parameters are the model's
-    others = [p for p in shared.values() if not any(p is mine for mine in goal.parameters)]
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"given a {given}, whose step calls a closure, several times perhaps; expected an optimizer that steps by the "
+            "gradients it is given, or a learning rate"
+        )
+    stepped = _copied(optimizer, held)
     kept = [p.detach().clone() for p in goal.parameters]
     absent = [(p, p.grad) for p in others]
     try:
         for parameter, gradient in zip(goal.parameters, gradients, strict=True):
-            parameter.grad = gradient.to(parameter.dtype)
+            parameter.grad = gradient.to(parameter.dtype, copy=True)  # an optimizer may write to it
         for parameter in others:
             parameter.grad = None
         type(stepped).step(stepped)
@@ -108,6 +121,27 @@ def _updated(goal: Objective, gradients: Sequence[Tensor], optimizer_or_lr: Opti
                 parameter.copy_(value)
         for parameter, gradient_or_none in absent:
             parameter.grad = gradient_or_none
+
+
+def _copied(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Optimizer:
+    """A copy of the optimizer and all that it has, of the same parameters."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in parameters}
+    copied = copy.deepcopy(optimizer, memo)  # of what it pickles: state, groups and defaults
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    for name, value in vars(optimizer).items():
+        if name in hooks:
+            vars(copied)[name] = type(value)((key, _rebound(hook, optimizer, copied)) for key, hook in value.items())
+        elif name not in vars(copied) and name != "step":  # which a schedule of learning rates has put around the class's
+            try:
+                vars(copied)[name] = copy.deepcopy(value, memo)
+            except TypeError:  # what has no copy, as a process group or a lock, is shared
+                vars(copied)[name] = value
+    return copied
+
+
+def _rebound(hook: Any, old: Optimizer, new: Optimizer) -> Any:
+    """A hook that is a method of the one optimizer, of the other; another as it is."""
+    return types.MethodType(hook.__func__, new) if getattr(hook, "__self__", None) is old else hook
 
 
 def _mean(values: Sequence[float]) -> float:
