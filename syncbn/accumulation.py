@@ -35,9 +35,10 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     What is exact is the running statistics: mean and unbiased variance of all micro-batches' values, by one step of momentum.
     They take the sums S1, S2, n that the layers reduce anyway: no further communication, no pass over data.
 
-    Every call of a layer inside counts, a second one in the same forward too. A layer that is not called, in eval mode or
-    without running statistics is left alone, and so are layers of torch. num_batches_tracked advances by one. An exception
-    that leaves the context leaves all as it was. Activation checkpointing counts each forward once.
+    Every call of a layer inside counts, a second one in the same forward too; those of a measure of syncbn.analysis do not. A
+    layer that is not called, in eval mode or without running statistics is left alone, and so are layers of torch.
+    num_batches_tracked advances by one. An exception that leaves the context leaves all as it was. Activation checkpointing
+    counts each forward once.
 
     Args:
         model: any model with layers of ours. Called by `layer.forward` rather than as a module, a layer moves at each call.

@@ -78,6 +78,17 @@ def observe(observer: Observer) -> AbstractContextManager[None]:
     return _among(_observers, observer)
 
 
+@contextlib.contextmanager
+def hidden_from(kind: type[Any]) -> Iterator[None]:
+    """Show observers of a class nothing of what runs inside."""
+    before = _observers.get()
+    _observers.set(tuple(one for one in before if not isinstance(one, kind)))
+    try:
+        yield
+    finally:
+        _observers.set(before)
+
+
 def recorded(recording: Recording) -> AbstractContextManager[None]:
     """Show `recording` every collective of a forward that runs inside, in this context only."""
     return _among(_recordings, recording)

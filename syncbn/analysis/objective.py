@@ -4,7 +4,8 @@ Requirements
     - the objective is the mean over the ranks of `loss(model, batch)`, as DistributedDataParallel has it: gradients are
       averaged first and compared afterwards, for a mean of the ranks' cosines or norms is not that of the mean gradient;
     - every pass begins with the same buffers and the same random state;
-    - whatever happens, an exception included, parameters, buffers, gradients, modes and random state are as before;
+    - whatever happens, an exception included, parameters, buffers, gradients, modes and random state are as before, and a
+      graph that was made before can still be differentiated, if the measure takes no steps;
     - every rank runs the same passes: nothing here depends on the values of one rank.
 """
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..accumulation import is_compiled
+from .. import observing
+from ..accumulation import Calls, is_compiled
 from ..collectives import GroupLike
 from .ranks import resolve, size_of, sum_over_ranks
 
@@ -45,8 +47,7 @@ class State:
         """Buffers and random state as they were."""
         for module, name, buffer, value in self.buffers:
             module._buffers[name] = buffer
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
+            _put(buffer, value)
         torch.set_rng_state(self.random[0])
         for device, state in zip(self.devices, self.random[1], strict=True):
             torch.cuda.set_rng_state(state, device)
@@ -56,19 +57,33 @@ class State:
         """Everything as it was."""
         self.begin()
         for parameter, requires_grad, value in self.parameters:
-            parameter.copy_(value)
+            _put(parameter, value)
             parameter.requires_grad_(requires_grad)
         for parameter, gradient, kept in self.gradients:
-            if gradient is not None and kept is not None:
-                gradient.copy_(kept)
+            _put(gradient, kept)
             parameter.grad = gradient
         for module, training in self.modules:
             module.training = training
 
 
+def _put(tensor: Tensor | None, value: Tensor | None) -> None:
+    """The value as it was when it was kept, so that a graph that saved the tensor before finds no other version of it."""
+    if tensor is not None and value is not None:
+        tensor.data.copy_(value)
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """Out of DistributedDataParallel and torch.compile, in any order."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
 @contextlib.contextmanager
 def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike = None) -> Iterator["Objective"]:
     """The objective of a model on one batch; afterwards the model is as before, also after an exception.
+
+    Inside of `accumulate_statistics` its forwards do not count.
 
     Args:
         model: any module, in DistributedDataParallel or not; it stays in the mode it is in, and a compiled one runs eagerly.
@@ -81,12 +96,11 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
         ValueError: no parameter of the model requires a gradient, or a complex one does; in a pass, `loss` gives no scalar
             tensor with a gradient.
     """
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
+    inner = _unwrapped(model)
     state = State(inner)
     try:
         eagerly = torch.compiler.set_stance("force_eager") if is_compiled(inner) else contextlib.nullcontext()
-        with eagerly, torch.enable_grad():
+        with eagerly, torch.enable_grad(), observing.hidden_from(Calls):
             yield Objective(inner, loss, batch, process_group, state)
     finally:
         state.restore()
