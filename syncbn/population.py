@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from . import collectives, equations
@@ -23,6 +24,7 @@ from .accumulation import Calls, is_compiled
 from .collectives import Call, Group, ProcessGroup
 from .convert import convert, revert
 from .module import _Synchronized
+from .progress import bar_over
 
 NO_BATCH = object()
 
@@ -80,14 +82,14 @@ def update_bn_stats(
         terms = _terms(message, pooled)
         sums[layer] = sums[layer] + terms if layer in sums else terms
 
-    with contextlib.ExitStack() as stack:
+    with _others_kept(model), contextlib.ExitStack() as stack:
         layers = stack.enter_context(_training(model))
         if not any(_tracks(layer) for layer in layers):
             return
         local = stack.enter_context(_synchronized(layers))
         groups = _groups(layers)
         stack.enter_context(Calls([layer for layer in layers if _tracks(layer)], add).watch())
-        bar = stack.enter_context(_progress(loader, num_batches, progress))
+        bar = stack.enter_context(bar_over(loader, num_batches, "population statistics", progress))
         for inputs in _steps(loader, num_batches, groups, _device(layers)):
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
             bar.update()
@@ -169,6 +171,19 @@ def _training(model: nn.Module) -> Iterator[list[Any]]:
             wrapper.broadcast_buffers = broadcasts
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def _others_kept(model: nn.Module) -> Iterator[None]:
+    """Normalizing layers that are no nn.BatchNorm*, as nn.InstanceNorm*, have their statistics again afterwards."""
+    others = [module for module in model.modules() if isinstance(module, _NormBase) and not isinstance(module, _BatchNorm)]
+    buffers = [buffer for module in others for buffer in module.buffers(recurse=False) if not is_lazy(buffer)]
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -271,26 +286,3 @@ def _weight(layer: Any) -> Tensor:
     """What a rank's statistics weigh, () float64: the batches it has seen."""
     counted = layer.num_batches_tracked
     return layer.running_mean.new_ones((), dtype=torch.float64) if counted is None else counted.double()
-
-
-class _NoBar:
-    def update(self) -> None: ...
-
-
-def _progress(loader: Iterable[Any], num_batches: int | None, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """A progress bar on rank 0, where it is wanted and tqdm is installed."""
-    if not wanted or collectives.rank_and_size()[0] != 0:
-        return contextlib.nullcontext(_NoBar())
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return contextlib.nullcontext(_NoBar())
-    lengths = [length for length in (num_batches, _length(loader)) if length is not None]
-    return tqdm(total=min(lengths, default=None), desc="population statistics", unit="batch")
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None

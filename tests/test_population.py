@@ -355,6 +355,56 @@ def test_modes_are_those_of_the_model():
     assert modes == [(True, False), (False, True), (False, True)]
 
 
+@pytest.mark.parametrize("trouble", [False, True])
+def test_layers_that_are_no_batch_norm_keep_their_statistics(trouble):
+    """In a training model, whose instance norm moves with every forward."""
+
+    lazy = nn.LazyInstanceNorm1d(track_running_stats=True)
+    model, x = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3), lazy), torch.randn(4, 3, 5) + 2
+    with torch.no_grad():
+        model[0].running_mean.fill_(0.25)
+        model[0].running_var.fill_(4.0)
+    buffers = [id(buffer) for buffer in model[0].buffers()]
+    if trouble:
+        hook = model[2].register_forward_hook(lambda layer, args, y: raise_trouble())
+        with pytest.raises(TroubleError):
+            update_bn_stats(model, [x], progress=False)
+        hook.remove()
+    else:
+        update_bn_stats(model, [x, x + 1], progress=False)
+        y = nn.functional.instance_norm(x)  # by its own statistics, whatever was added
+        torch.testing.assert_close(model[1].running_var, y.transpose(0, 1).flatten(1).var(1))
+        assert model[1].num_batches_tracked == 2
+    assert model[0].running_mean.eq(0.25).all()
+    assert model[0].running_var.eq(4).all()
+    assert model[0].num_batches_tracked == 0
+    assert [id(buffer) for buffer in model[0].buffers()] == buffers
+    model(x)
+    assert model[0].running_mean.ne(0.25).all(), "it moves in training as ever"
+
+
+class Unmeasured(list):
+    """Batches whose number is not known."""
+
+    def __init__(self, batches, error):
+        super().__init__(batches)
+        self.error = error
+
+    def __len__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError])
+@pytest.mark.parametrize("num_batches", [None, 2])
+def test_a_loader_without_a_length_has_a_bar_without_an_end(error, num_batches):
+    model = nn.BatchNorm1d(3)
+    x = torch.randn(7, 3)
+    with redirect_stderr(io.StringIO()) as shown:
+        update_bn_stats(model, Unmeasured([x, x + 1, x + 2], error), num_batches=num_batches)
+    torch.testing.assert_close(model.running_mean, x.mean(0) + (1 if num_batches is None else 0.5))
+    assert ("3batch" if num_batches is None else "2/2") in shown.getvalue()
+
+
 def test_nothing_to_update_takes_no_batch():
     def unread():
         raise_trouble()
