@@ -122,6 +122,11 @@ def test_layers_that_call_others_are_listed_and_do_not_count():
     assert with_own.first_over_last == pytest.approx(ratio.item(), rel=1e-12)
 
 
+def refuse(layer, args):
+    if args[0].shape[1] != layer.in_features:
+        raise RuntimeError
+
+
 class Retried(nn.Module):
     """A layer whose first call raises."""
 
@@ -135,8 +140,13 @@ class Retried(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
-def test_a_call_that_raises_calls_no_other():
-    growth = gradient_growth(seeded(Retried), data(5, 4), mean_square)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_call_that_raises_calls_no_other(before):
+    """In its forward, or in a hook before it."""
+    model = seeded(Retried)
+    if before:
+        model.last.register_forward_pre_hook(refuse)
+    growth = gradient_growth(model, data(5, 4), mean_square)
     assert [(layer.name, layer.depth) for layer in growth.layers] == [("first", 1), ("last", 2)]
     assert growth.first_over_last == pytest.approx(growth.layers[0].weight_norm / growth.layers[1].weight_norm, rel=1e-12)
 

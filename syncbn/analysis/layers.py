@@ -46,7 +46,7 @@ def calls_seen(
             name = path or type(module).__name__
             handles.append(module.register_forward_hook(seen_by(name), with_kwargs=True, always_call=begins is not None))
             if begins is not None:
-                handles.append(module.register_forward_pre_hook(begun_by(name, begins)))
+                handles.append(module.register_forward_pre_hook(begun_by(name, begins), prepend=True))
     try:
         yield
     finally:
