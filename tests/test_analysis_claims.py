@@ -9,10 +9,10 @@ from torch import nn
 
 from syncbn.analysis import gradient_landscape, rayleigh_ascent
 from syncbn.analysis.claims import Settings
-from syncbn.analysis.experiments import gdnp, inequalities
+from syncbn.analysis.experiments import gdnp, inequalities, smoothness
 from syncbn.analysis.experiments.gdnp_problems import end_of, leading, start_above, turned
-from syncbn.analysis.extremes import greatest, median
-from syncbn.analysis.gaussian import UnitRun
+from syncbn.analysis.extremes import greatest, least, median
+from syncbn.analysis.gaussian import TanhUnits, UnitRun
 
 NAN = math.nan
 
@@ -24,11 +24,13 @@ def settings(*seeds):
 def test_the_greatest_and_the_median_pass_over_nothing():
     for values in itertools.permutations([3.0, 1.0, NAN, 2.0]):
         assert math.isnan(greatest(values))
+        assert math.isnan(least(values))
         assert math.isnan(median(values))
+    assert math.isnan(least([]))
     assert math.isnan(greatest([]))
     assert math.isnan(median([]))
     for values in itertools.permutations([3.0, -1.0, math.inf]):
-        assert greatest(values) == math.inf
+        assert (greatest(values), least(values)) == (math.inf, -1.0)
         assert median(iter(values)) == 3.0
 
 
@@ -176,3 +178,30 @@ def test_the_landscape_of_a_loss_that_is_no_number_at_a_step(at):
     assert math.isnan(seen.loss_range)
     assert math.isnan(seen.effective_beta)
     assert math.isnan(seen.predictiveness)
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_gradient_of_a_unit_that_is_no_number_is_seen(monkeypatch, at):
+    network, calls = TanhUnits(torch.ones(3).double(), torch.eye(3).double(), (1.0, -1.0)), itertools.count()
+    whole = network.gradient
+
+    def gradient(unit, weight):
+        found, factor = whole(unit, weight)
+        return (found * NAN, NAN) if next(calls) == at else (found, factor)
+
+    start = torch.tensor([1.0, -0.2, 0.1], dtype=torch.float64)
+    assert network.train(0, start, 5).off_line < 1e-9
+    monkeypatch.setattr(network, "gradient", gradient)
+    assert math.isnan(network.train(0, start, 5).off_line)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_the_landscape_claims_of_a_run_with_a_nan_fail(at):
+    def run(spoilt):
+        ranges = [(1.0, NAN if spoilt and number == at else 2.0) for number in range(3)]
+        betas = [NAN if spoilt and number == at else 1.0 for number in range(3)]
+        return smoothness.Run([0, 1, 2], ranges, [1.0] * 3, betas, [])
+
+    large = smoothness.Run([0, 1, 2], [(1.0, 9.0)] * 3, [5.0] * 3, [3.0] * 3, [])
+    assert [claim.holds for claim in smoothness._landscape_claims(0, large, run(False))] == [True, True, True]
+    assert [claim.holds for claim in smoothness._landscape_claims(0, large, run(True))] == [False, True, False]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bisection import Bracket, bisect
+from .extremes import greatest
 from .gdnp import derivative, derivatives
 
 STEP, WIDTH = 0.1, 7.5  # of the trapezoidal grid, in standard deviations; Gauss-Hermite fails for tanh(g·z), which has poles
@@ -94,10 +95,10 @@ class TanhUnits:
         bracket = self._length(unit, w, halvings)
         quotients: list[float] = []
         norms: list[float] = []
-        off_line = 0.0
+        off_line = [0.0]
         for step in range(steps + 1):
             if bracket is None:
-                return UnitRun(torch.tensor(quotients), torch.tensor(norms), off_line, math.nan)
+                return UnitRun(torch.tensor(quotients), torch.tensor(norms), greatest(off_line), math.nan)
             g = bracket.root
             gradient, factor = self.gradient(unit, g * w)
             quotients.append(-(self.u @ w).square().item())
@@ -108,13 +109,13 @@ class TanhUnits:
             along = self.u - (self.u @ w) * (self.second @ w)
             off = by_w - (by_w @ along) / along.square().sum().clamp(min=1e-300) * along
             if along.norm() > 1e-4 * self.u.norm():  # not at its goal, where it is rounding
-                off_line = max(off_line, (off.norm() / by_w.norm()).item())
+                off_line.append((off.norm() / by_w.norm()).item())
             h = factor * (self.u @ w)
             if abs(h) > 1e-14:
                 w = self._unit(w + by_w / (self.largest * g * h))
             bracket = self._length(unit, w, halvings)
         self.on_line[unit] = (g * (self.u @ w)).item() / -self.best
-        return UnitRun(torch.tensor(quotients), torch.tensor(norms), off_line, self.value())
+        return UnitRun(torch.tensor(quotients), torch.tensor(norms), greatest(off_line), self.value())
 
     def value(self) -> float:
         """f of all units on the line."""

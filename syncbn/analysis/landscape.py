@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import GroupLike
-from .extremes import greatest
+from .extremes import greatest, least
 from .lanczos import Ritz, lanczos
 from .objective import Loss, Objective, cosine, norm, objective
 from .ranks import dense
@@ -74,7 +74,7 @@ def gradient_landscape(
             distances.append(norm([one - other for one, other in zip(start, there, strict=True)]))
             cosines.append(cosine(start, there))
     beta = greatest(distance / (step * length) for distance, step in zip(distances, steps, strict=True))
-    spread = greatest(losses) - min(losses)
+    spread = greatest(losses) - least(losses)
     return Landscape(steps, tuple(losses), length, tuple(distances), tuple(cosines), spread, beta)
 
 

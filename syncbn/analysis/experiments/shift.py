@@ -4,7 +4,6 @@ Plain gradient descent; the VGG-like network on digits in mini-batches of 64, th
 torchrun each rank has its share of the same batches, and batch norm is synchronized: the same claims.
 """
 
-from statistics import median
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from ... import collectives
 from ...convert import convert
 from ..claims import Claim, Outcome, Settings, at_least, at_most
+from ..extremes import greatest, least, median
 from ..networks import batches, classification, digits, linear_network, regression, regression_data, vgg
 from ..plots import BLUE, RED, legend, panels
 from ..shift import gradient_correlation
@@ -50,10 +50,10 @@ def run(settings: Settings) -> Outcome:
     plain, normed = ([linear[seed][norm] for seed in seeds] for norm in (False, True))
     ends = [b.losses[-1] / a.losses[-1] for a, b in zip(plain, normed, strict=True)]
     claims = [
-        at_least("VGG, first 20 steps: cosine without batch norm − with, least of the seeds", min(gaps), 0.02),
+        at_least("VGG, first 20 steps: cosine without batch norm − with, least of the seeds", least(gaps), 0.02),
         at_least("deep linear network: cosine without batch norm, median", median(one.cosine for one in plain), 0.9),
         at_most("deep linear network: cosine with batch norm, median", median(one.cosine for one in normed), 0.7),
-        at_most("  and yet its loss after 100 steps, with over without, most of the seeds", max(ends), 1.0),
+        at_most("  and yet its loss after 100 steps, with over without, most of the seeds", greatest(ends), 1.0),
     ]
     claims += _control(seeds[0])
 
@@ -119,8 +119,8 @@ def _control(seed: int) -> list[Claim]:
     """Nothing moves at learning rate 0."""
     batch = share(next(batches(digits(seed).train, 64, seed)))
     found = gradient_correlation(_distributed(vgg(seed)), classification, batch, 0.0)
-    worst = max(abs(1 - layer.cosine) for layer in found.layers)
+    worst = greatest(abs(1 - layer.cosine) for layer in found.layers)
     return [
         at_most("control, learning rate 0: largest |cosine − 1|", worst, 1e-6),
-        at_most("control, learning rate 0: largest l2 difference", max(layer.l2 for layer in found.layers), 0.0),
+        at_most("control, learning rate 0: largest l2 difference", greatest(layer.l2 for layer in found.layers), 0.0),
     ]

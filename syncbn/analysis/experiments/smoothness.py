@@ -7,6 +7,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from ..claims import Claim, Outcome, Settings, at_least, at_most
+from ..extremes import greatest
 from ..landscape import gradient_landscape, hessian_spectrum
 from ..networks import Data, batches, classification, digits, vgg
 from ..plots import BLUE, RED, legend, panels
@@ -71,7 +72,7 @@ def landscape(seed: int, norm: bool, every: int, lr: float = 0.1, steps: int = 1
         if step % every == 0:
             seen = gradient_landscape(model, classification, batch, lr)
             found.steps.append(step)
-            found.ranges.append((min(seen.losses), max(seen.losses)))
+            found.ranges.append((min(seen.losses), greatest(seen.losses)))
             found.distances.append(seen.predictiveness)
             found.betas.append(seen.effective_beta)
             if spectrum and step % (6 * every) == 0:
@@ -81,13 +82,13 @@ def landscape(seed: int, norm: bool, every: int, lr: float = 0.1, steps: int = 1
 
 
 def _landscape_claims(seed: int, plain: Run, normed: Run) -> list[Claim]:
-    ranges = [max(high - low for low, high in one.ranges) for one in (plain, normed)]
+    ranges = [greatest(high - low for low, high in one.ranges) for one in (plain, normed)]
     distances = [sum(one.distances) / len(one.distances) for one in (plain, normed)]
     text = f"VGG, learning rate 0.1, seed {seed}, without batch norm over with: "
     return [
         at_least(text + "largest loss range", ranges[0] / ranges[1], 5),
         at_least(text + "mean ‖ΔG‖", distances[0] / distances[1], 3),
-        at_least(text + "largest effective β", max(plain.betas) / max(normed.betas), 1.5),
+        at_least(text + "largest effective β", greatest(plain.betas) / greatest(normed.betas), 1.5),
     ]
 
 
