@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from . import equations, observing
 from .kernels import Running, move
@@ -139,6 +140,13 @@ def is_compiled(model: nn.Module) -> bool:
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
     )
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """Out of DistributedDataParallel and torch.compile, in any order."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 @torch.no_grad()

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 
 from . import collectives, equations
-from .accumulation import Calls, is_compiled
+from .accumulation import Calls, is_compiled, unwrapped
 from .collectives import Call, Group, ProcessGroup
 from .convert import convert, revert
 from .module import _Synchronized
 from .progress import bar_over
+from .trees import emptied
 
 NO_BATCH = object()
 
@@ -46,13 +46,13 @@ def update_bn_stats(
     section 3.1 and algorithm 2), where m, μ_B and v_B are those of the global mini-batch; batches of different m weigh by m. In
     place of the moving average, which remembers older weights, and sets num_batches_tracked to the number of mini-batches.
 
-    Each rank brings its own loader. A rank with fewer batches than others goes on with empty ones, made from its last
-    by x[:0], which the model has to take. A layer called twice in a forward has two mini-batches. Batches of m = 1 have no
-    variance and count for the mean alone; a layer that sees no value keeps its statistics. Every rank of the layers' groups
-    calls this, with the same model, and every rank of the job where a layer has a group_size: groups of a size run forwards
-    together to the end of the longest loader, so that fully_shard may gather over all of them. Layers whose groups were given
-    as such go on with their own group only: under fully_shard over more ranks than these, bring as many batches to each. A
-    model compiled by torch.compile runs eagerly.
+    Each rank brings its own loader. A rank with fewer batches than others goes on with empty ones, its last without the
+    samples, which the model has to take: tensors in lists, tuples, named tuples, dict, UserDict and dataclasses. A layer called
+    twice in a forward has two mini-batches. Batches of m = 1 have no variance and count for the mean alone; a layer that sees
+    no value keeps its statistics. Every rank of the layers' groups calls this, with the same model, and every rank of the job
+    where a layer has a group_size: groups of a size run forwards together to the end of the longest loader, so that fully_shard
+    may gather over all of them. Layers whose groups were given as such go on with their own group only: under fully_shard over
+    more ranks than these, bring as many batches to each. A model compiled by torch.compile runs eagerly.
 
     **Which layers.** Those in training mode; all of them if no module of the model is in training mode. So layers in eval mode
     in a training model are frozen: they normalize by their statistics and keep them, as do modules that are no nn.BatchNorm*.
@@ -73,6 +73,7 @@ def update_bn_stats(
 
     Raises:
         ValueError: num_batches is below 1; a rank has no batch (raised on all ranks).
+        TypeError: a rank has run out of batches that hold tensors in something else (raised on all ranks).
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"given num_batches={num_batches}; expected 1 or more, or None for all")
@@ -113,7 +114,8 @@ def pool_running_stats(model: nn.Module) -> None:
     """
     by_group: dict[ProcessGroup, list[Any]] = {}
     for layer in _layers(model):
-        group = getattr(layer, "process_group", None) or (None if isinstance(layer, _Synchronized) else Group().resolve())
+        theirs = layer.process_group if isinstance(layer, nn.SyncBatchNorm) else None
+        group = layer._syncbn.group.resolve() if isinstance(layer, _Synchronized) else Group(theirs).resolve()
         if group is not None and group.size() > 1 and _tracks(layer):
             by_group.setdefault(group, []).append(layer)
     for group, layers in by_group.items():
@@ -140,7 +142,7 @@ def _mix(layers: list[Any], group: ProcessGroup) -> None:
 def _layers(model: nn.Module) -> list[Any]:
     """The batch norm layers that are not frozen: in training mode, or all if no module of the model is in training mode."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if not any(module.training for module in model.modules()):
+    if not any(module.training for module in unwrapped(model).modules()):
         return norms
     return [layer for layer in norms if layer.training]
 
@@ -213,33 +215,39 @@ def _steps(loader: Iterable[Any], num_batches: int | None, groups: list[ProcessG
     """This rank's input at each step, until no rank has one; without samples once this rank has run out."""
     batches = itertools.islice(loader, num_batches)
     batch = next(batches, NO_BATCH)
-    some, lacking = _agree(batch is not NO_BATCH, groups, device)
+    some, lacking, _ = _agree([batch is not NO_BATCH, batch is NO_BATCH, False], groups, device)
     if not some or lacking:
         rank, size = collectives.rank_and_size()
         given = "no batch" if batch is NO_BATCH else "batches, and another rank none"
         raise ValueError(f"given a loader of {given} on rank {rank} of {size}; expected one batch or more on each rank")
     inputs = None
     while some:
-        inputs = _emptied(inputs) if batch is NO_BATCH else batch[0] if isinstance(batch, (list, tuple)) else batch
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else inputs if batch is NO_BATCH else batch
         yield inputs
-        batch = next(batches, NO_BATCH)
-        some, _ = _agree(batch is not NO_BATCH, groups, device)
+        batch, problem = next(batches, NO_BATCH), None
+        if batch is NO_BATCH and groups:
+            try:
+                inputs = _emptied(inputs)
+            except TypeError as error:
+                problem = error
+        some, _, stuck = _agree([batch is not NO_BATCH, batch is NO_BATCH, problem is not None], groups, device)
+        if some and stuck:
+            rank, size = collectives.rank_and_size()
+            found = problem or "given a batch, and another rank, out of them, none that it can empty; expected as many on each"
+            raise TypeError(f"{found} (rank {rank} of {size})")
 
 
 def _emptied(inputs: Any) -> Any:
-    """The input of a step without its samples."""
-    if isinstance(inputs, Mapping):
-        return {name: _emptied(value) for name, value in inputs.items()}
-    return tree_map_only(Tensor, lambda x: x[:0] if x.dim() else x, inputs)
+    """The input of a step without its samples. TypeError as `trees.emptied`."""
+    return {name: emptied(value) for name, value in inputs.items()} if isinstance(inputs, Mapping) else emptied(inputs)
 
 
-def _agree(has: bool, groups: list[ProcessGroup], device: torch.device) -> tuple[bool, bool]:
-    """Whether a rank of the groups has a batch, and whether one has none."""
-    flags = torch.tensor([has, not has], dtype=torch.float64, device=device)
+def _agree(flags: list[bool], groups: list[ProcessGroup], device: torch.device) -> list[bool]:
+    """Whether each is true on a rank of the groups."""
+    found = torch.tensor(flags, dtype=torch.float64, device=device)
     for group in groups:
-        flags = _reduce_all([flags], UPDATE, group)[0].clamp(max=1)
-    some, lacking = flags.bool().tolist()
-    return some, lacking
+        found = _reduce_all([found], UPDATE, group)[0].clamp(max=1)
+    return found.bool().tolist()
 
 
 def _reduce_all(messages: list[Tensor], name: str, group: ProcessGroup) -> list[Tensor]:

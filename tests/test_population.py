@@ -1,5 +1,6 @@
 """Population statistics: for any number of ranks, those that one process finds on the whole batches, from the definition."""
 
+import dataclasses
 import io
 from contextlib import redirect_stderr
 from types import SimpleNamespace
@@ -292,6 +293,72 @@ def test_a_rank_that_ran_out_goes_on_with_keyword_arguments():
         check(state, network().state_dict(), calls, False, 1e-12)
 
 
+@dataclasses.dataclass
+class Inputs:
+    x: torch.Tensor
+
+
+class Hidden:
+    """Tensors that cannot be reached."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Unpacking(Network):
+    def forward(self, inputs):
+        return super().forward(inputs.x)
+
+
+def _objects(world, kind, table):
+    model = network()
+    model.__class__ = Unpacking
+    syncbn.convert(model, world.group)
+    data = loader(table, world.rank, world.size, torch.float64)
+    try:
+        update_bn_stats(model, [(kind(x), 0) for x in data], progress=False)
+    except TypeError as error:
+        return str(error)
+    return model.state_dict()
+
+
+def test_a_rank_that_ran_out_goes_on_with_objects():
+    table = STEPS["ranks run out"]
+    calls = inputs_of(network(), whole_batches(table, 2)[0])
+    for state in worlds.run(2, _objects, Inputs, table):
+        check(state, network().state_dict(), calls, False, 1e-12)
+    calls = inputs_of(network(), whole_batches(STEPS["unequal"], 2)[0])
+    for state in worlds.run(2, _objects, Hidden, STEPS["unequal"]):
+        check(state, network().state_dict(), calls, False, 1e-12)
+
+
+def test_a_rank_that_cannot_go_on_is_an_error_on_all():
+    going_on, out = worlds.run(2, _objects, Hidden, STEPS["ranks run out"])
+    assert out.startswith("given a batch with a Hidden that holds tensors; expected tensors in lists")
+    assert out.endswith("(rank 1 of 4)")
+    assert going_on.startswith("given a batch, and another rank, out of them, none that it can empty; expected as many on each")
+    assert going_on.endswith("(rank 0 of 4)")
+
+
+def _wrapped_in_eval_mode(world):
+    model = DistributedDataParallel(syncbn.convert(network(frozen=False), world.group), process_group=world.group)
+    model.module.eval()
+    assert model.training
+    update_bn_stats(model, loader(STEPS["unequal"], world.rank, world.size, torch.float64), progress=False)
+    return model.module.state_dict()
+
+
+def test_a_wrapped_model_in_eval_mode_is_one_in_eval_mode():
+    """Though its wrapper, which nobody has told, is in training mode: then all layers are updated."""
+    batches = whole_batches(STEPS["unequal"], 2)[0]
+    model = network(frozen=False).eval()
+    update_bn_stats(model, batches, progress=False)
+    assert (model.frozen[1].running_mean - network().frozen[1].running_mean).abs().min() > 1e-3
+    for state in worlds.run(2, _wrapped_in_eval_mode):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+
+
 class TroubleError(Exception):
     pass
 
@@ -430,7 +497,7 @@ def _collectives(world, wrapped):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_each_step_has_its_layers_collectives_and_one_agreement(wrapped):
     """Frozen layers have none, and DistributedDataParallel does not broadcast."""
-    agreement = ("allreduce_", torch.float64, 2)
+    agreement = ("allreduce_", torch.float64, 3)
     layers = [("allreduce_", torch.float64, 2 * channels + 1) for channels in (4, 4, 4, 4, 5)]
     calls = inputs_of(network(), whole_batches(STEPS["unequal"], 2)[0])
     for seen, broadcasts, state in worlds.run(2, _collectives, wrapped):
@@ -530,6 +597,24 @@ def test_pooled_statistics_are_those_of_the_mixture(world, converted, counts):
             for name, value in expected.items():
                 off = (state[name].double() - value.double()).abs().max().item()
                 assert off <= tolerance * value.double().abs().max().item(), f"{name} of rank {rank} off by {off:.2g}"
+
+
+class OfTheUser(nn.BatchNorm1d):
+    """An attribute of a name that torch.nn.SyncBatchNorm has."""
+
+    process_group = "of the user"
+
+
+def _pooled_users(world):
+    model = nn.Sequential(OfTheUser(2), syncbn.convert(OfTheUser(2), world.group))
+    for layer in model:
+        layer.running_mean.fill_(world.rank)
+    pool_running_stats(model)
+    return [layer.running_mean.tolist() for layer in model]
+
+
+def test_an_attribute_of_the_user_is_no_group():
+    assert worlds.run(4, _pooled_users) == [[[1.5, 1.5]] * 2] * 4
 
 
 def mixtures(states, counts):

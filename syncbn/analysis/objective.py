@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import observing
-from ..accumulation import Calls, is_compiled
+from ..accumulation import Calls, is_compiled, unwrapped
 from ..collectives import GroupLike
 from .ranks import resolve, size_of, sum_over_ranks
 
@@ -72,13 +71,6 @@ def _put(tensor: Tensor | None, value: Tensor | None) -> None:
         tensor.data.copy_(value)
 
 
-def _unwrapped(model: Any) -> nn.Module:
-    """Out of DistributedDataParallel and torch.compile, in any order."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
-
-
 @contextlib.contextmanager
 def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike = None) -> Iterator["Objective"]:
     """The objective of a model on one batch; afterwards the model is as before, also after an exception.
@@ -96,7 +88,7 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
         ValueError: no parameter of the model requires a gradient, or a complex one does; in a pass, `loss` gives no scalar
             tensor with a gradient.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     state = State(inner)
     try:
         eagerly = torch.compiler.set_stance("force_eager") if is_compiled(inner) else contextlib.nullcontext()
