@@ -99,6 +99,7 @@ class Batches:
         first: int = 0,  # the batch to begin with
         workers: int = 0,  # processes that read ahead
     ) -> None:
+        self.first = first
         self.whole = [numbers[start : start + size] for start in range(first * size, len(numbers), size)]
         shares = [np.array_split(batch, world_size)[rank].tolist() for batch in self.whole]
         collate = functools.partial(_stack, images.shape)

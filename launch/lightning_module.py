@@ -7,7 +7,23 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from checkpoint import difference
+from loop import length
 from train import network, settings
+
+
+class Epoch(data.Batches):
+    """What is left of an epoch, as long as the whole one: Lightning counts the batches that were taken before.
+
+    With a state, though there is none, it is to Lightning a loader that can go on; where, follows from the steps taken.
+    """
+
+    def __len__(self) -> int:
+        return self.first + len(self.whole)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class Training(pl.LightningModule):
@@ -16,10 +32,14 @@ class Training(pl.LightningModule):
         torch.manual_seed(options.seed)
         self.options, self.images, self.network = options, images, network(images.shape[0], images.classes)
         self.settings = settings(options, images)
+        self.numbers, _ = data.split(len(images), options.seed)
+        self.per_epoch, self.last = length(options, len(self.numbers))
 
     def train_dataloader(self):
-        order = data.shuffled(data.split(len(self.images), (given := self.options).seed)[0], given.seed, self.current_epoch)
-        return data.Batches(self.images, order, given.batch_size, self.global_rank, self.trainer.world_size, 0, given.workers)
+        given, (epoch, first) = self.options, divmod(self.global_step, self.per_epoch)
+        order = data.shuffled(self.numbers, given.seed, epoch)
+        place = self.global_rank, self.trainer.world_size
+        return Epoch(self.images, order, given.batch_size, *place, first, given.workers)
 
     def training_step(self, batch, number):
         x, labels, samples = batch  # this rank's share, and the samples of all ranks: see loop.py

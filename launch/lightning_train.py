@@ -15,7 +15,8 @@ if __name__ == "__main__":
     settings = {"devices": options.processes, "accelerator": "gpu" if torch.cuda.is_available() else "cpu", "strategy": "ddp"}
     settings |= {"sync_batchnorm": options.bn == "torch", "plugins": [SyncBatchNormPlugin()] if options.bn == "syncbn" else []}
     settings["callbacks"] = [ModelCheckpoint(file.parent, file.stem, enable_version_counter=False)] if file else []
-    settings |= {"max_epochs": options.epochs, "max_steps": options.steps or -1, "reload_dataloaders_every_n_epochs": 1}
     model = Training(options, data.open(options.data, options.image_size)).to(getattr(torch, options.dtype))
+    # The end is given in steps alone: of a run that goes on, Lightning counts the epoch in which it was ended twice.
+    settings |= {"max_steps": model.last, "reload_dataloaders_every_n_epochs": 1}
     trainer = pl.Trainer(**settings, enable_checkpointing=file is not None, logger=False)
     trainer.fit(model, ckpt_path=file if file and file.exists() else None)

@@ -37,12 +37,17 @@ class Job(NamedTuple):
     backward: Callable[[Tensor], Any] = Tensor.backward
 
 
+def length(options: argparse.Namespace, samples: int) -> tuple[int, int]:
+    """The steps of an epoch of so many samples, and those of the whole run."""
+    per_epoch = math.ceil(samples / options.batch_size)
+    return per_epoch, min(options.epochs * per_epoch, options.steps or options.epochs * per_epoch)
+
+
 def fit(job: Job) -> Progress:
     """Train from where the checkpoint stands, or from the beginning, to the end."""
     options, rank, device = job.options, job.place.rank, job.place.device
     numbers, _ = data.split(len(job.images), options.seed)
-    per_epoch = math.ceil(len(numbers) / options.batch_size)
-    last = min(options.epochs * per_epoch, math.inf if options.steps is None else options.steps)
+    per_epoch, last = length(options, len(numbers))
     step, losses, whole = job.checkpoint.restore()
     total = torch.tensor(whole if rank == 0 else 0.0, dtype=torch.float64, device=device)
     hidden = None if rank == 0 else True  # None: shown on a terminal

@@ -539,6 +539,19 @@ def test_lightning(jobs, whole):
     assert apart(whole | {"network": network, "optimizer": state["optimizer_states"][0]}, whole) < NEAR
 
 
+def test_lightning_goes_on_inside_an_epoch_and_after_one_to_the_end_of_a_whole_run(whole, tmp_path):
+    """Of two epochs, the last: it may not count those in which parts end as epochs of their own."""
+    pytest.importorskip("lightning")
+    path = tmp_path / "run.ckpt"
+    for steps in (4, 16, 20):
+        options = [*OPTIONS[:-2], f"--steps={steps}", "--epochs=2", "--processes=1", "--checkpoint", path]
+        start(sys.executable, LAUNCH / "lightning_train.py", *options)
+        state = torch.load(path, weights_only=False)
+        assert state["global_step"] == steps
+    network = {name.removeprefix("network."): value for name, value in state["state_dict"].items()}
+    assert apart(whole | {"network": network, "optimizer": state["optimizer_states"][0]}, whole) < NEAR
+
+
 @pytest.mark.parametrize("option", ["--bn=torch", "--checkpoint-every=7", "--timeout=9"])
 def test_lightning_takes_no_option_that_it_would_not_follow(option):
     pytest.importorskip("lightning")
