@@ -16,7 +16,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 class Store(torch.distributed.TCPStore):
     """Listens on the address that it is given: a store has no authentication, and torch's listens on every interface."""
 
-    def __init__(self, host_name: str, port: int, world_size: int | None = None, is_master: bool = False, **options: Any):
+    def __init__(self, host_name: str, port: int, world_size=None, is_master=False, *more: Any, **options: Any):
         if is_master:
             family, _, _, _, address = socket.getaddrinfo(host_name, port, type=socket.SOCK_STREAM)[0]
             try:
@@ -24,7 +24,7 @@ class Store(torch.distributed.TCPStore):
             except OSError as error:  # as torch's: upon it an agent may join the store of another
                 raise RuntimeError(f"no store on {host_name}:{port}: {error}") from error
             port, options["master_listen_fd"] = listening.getsockname()[1], listening.detach()
-        super().__init__(host_name, port, world_size, is_master, **options)
+        super().__init__(host_name, port, world_size, is_master, *more, **options)
 
 
 def rendezvous(handler: Any, meet: Any = DynamicRendezvousHandler.next_rendezvous) -> Any:

@@ -18,15 +18,7 @@ python=${PYTHON:-python3}
 endpoint=${ENDPOINT:-127.0.0.1:29400}
 
 # This machine's address towards the endpoint; where it is the endpoint's own, the rendezvous is here.
-read -r address rendezvous < <("$python" - "${endpoint%:*}" <<'END'
-import socket, sys
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-    probe.connect((sys.argv[1], 9))  # sends nothing
-    (ours, _), (theirs, _) = probe.getsockname(), probe.getpeername()
-# On loopback several agents of this machine may meet, and the first to come makes the store: torch's own guess.
-print(ours, "" if theirs.startswith("127.") else f"is_host={int(ours == theirs)}")
-END
-)
+read -r address rendezvous < <("$python" "$here/address.py" "$endpoint" "${NODES:-1}")
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$python" "$here/agent.py" \

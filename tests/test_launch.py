@@ -23,6 +23,7 @@ import worlds
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 sys.path.insert(0, str(LAUNCH))
+import address  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import loop  # noqa: E402
@@ -121,8 +122,9 @@ loop.train_step = train_step
 train.main()
 """
 STUBS = {
-    "scontrol": """[ "$*" = "show hostnames nodes[1-2]" ] && echo localhost && echo localhost""",
-    "srun": """echo "$@" > "$STUB/srun.txt"; [ "$1" = --kill-on-bad-exit=1 ] && shift; "$@" & first=$!; "$@" && wait $first""",
+    "scontrol": """[ "$*" = "show hostnames nodes[1-2]" ] && echo nodea && echo nodeb""",
+    "srun": """[ "$1" = --nodes=1 ] && echo "$@" > "$STUB/asked.txt" && echo "$ADDRESS  STREAM nodea" && exit
+echo "$@" > "$STUB/srun.txt"; [ "$1" = --kill-on-bad-exit=1 ] && shift; "$@" & first=$!; "$@" && wait $first""",
 }
 
 
@@ -138,7 +140,8 @@ def slurm(directory: Path) -> str:
         (directory / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (directory / name).chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "nodes[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(30000 + free_port())}
-    job |= {"PATH": f"{directory}:{os.environ['PATH']}", "STUB": str(directory), "SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
+    job |= {"PATH": f"{directory}:{os.environ['PATH']}", "STUB": str(directory), "ADDRESS": "127.0.0.1"}
+    job |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parent)}
     spooled = shutil.copy(LAUNCH / "slurm.sbatch", directory / "slurm_script")  # as sbatch does
     return start("bash", spooled, *OPTIONS, "--checkpoint", directory / "run.pt", **job, PROCESSES="1")
 
@@ -513,10 +516,49 @@ def test_the_rendezvous_listens_on_the_address_given_and_nowhere_else(tmp_path):
     assert start(LAUNCH / "several_nodes.sh", **where).split() == ["0", "111", "0", "111"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second loopback address, as Linux has")
+def test_a_static_rendezvous_listens_on_the_address_given_and_nowhere_else(tmp_path):
+    """torchrun's --master-addr, which gives its store the timeout by position."""
+    port = free_port()
+    (tmp_path / "program.py").write_text(LISTENING.format(port=port))
+    where = ["--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1"]
+    assert start(sys.executable, LAUNCH / "agent.py", *where, tmp_path / "program.py").split() == ["0", "111", "0", "111"]
+
+
+class _Hosts(socket.socket):
+    """Knows nodea, as /etc/hosts of Debian does on that machine."""
+
+    def connect(self, where):
+        super().connect(({"nodea": "127.0.1.1"}.get(where[0], where[0]), where[1]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second loopback address, as Linux has")
+def test_an_endpoint_by_a_name_for_loopback_is_an_error_where_other_machines_are_to_come(monkeypatch):
+    monkeypatch.setattr(socket, "socket", _Hosts)
+    expected = "given ENDPOINT=nodea:29400, which is 127.0.1.1 on this machine, where no other reaches it; expected this"
+    with pytest.raises(SystemExit, match=rf"^several_nodes.sh: {re.escape(expected)} machine's address:port"):
+        address.towards("nodea:29400", "2")
+    for endpoint, nodes in (("nodea:29400", "1"), ("localhost:29400", "2"), ("127.0.1.1:29400", "2")):
+        assert address.towards(endpoint, nodes)[1] == "", "all agents are of this machine"
+
+
+def test_an_endpoint_that_nobody_knows_is_an_error_of_one_line():
+    command = [str(LAUNCH / "several_nodes.sh")]
+    where = environment(ENDPOINT="nowhere.invalid:29400")
+    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    expected = (
+        r"several_nodes.sh: given ENDPOINT=nowhere.invalid:29400 \(.*\); expected the address:port of one of the machines\n"
+    )
+    assert re.fullmatch(expected, done.stderr)
+
+
 @pytest.mark.timeout(400)  # with the jobs before it
 def test_slurm_under_a_stub(jobs, whole):
     """Two agents of one process each, as srun would start them on two nodes."""
     directory, _ = jobs.ended("slurm")
+    asked = "--nodes=1 --ntasks=1 --nodelist=nodeb getent ahostsv4 nodea\n"
+    assert (directory / "asked.txt").read_text() == asked, "on nodea that name may be loopback"
     assert (directory / "srun.txt").read_text().startswith(f"--kill-on-bad-exit=1 {LAUNCH}/several_nodes.sh --dtype=float64")
     assert apart(read(directory / "run.pt"), whole) < NEAR
 

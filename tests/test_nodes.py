@@ -155,6 +155,20 @@ def test_two_nodes_train_as_one_process(nodes, start, tmp_path, whole):
     assert ["accuracy" in out for out, _ in printed].count(True) == 1
 
 
+AS_DEBIAN = """mount --bind "$0" /etc/hosts && exec env ENDPOINT="$(hostname)":29411 "$@\""""
+
+
+def test_a_node_whose_own_name_is_loopback_says_so_at_once(nodes, start, tmp_path):
+    """There the store would listen for no other node."""
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {nodes[0].namespace}\n")
+    command = ["sh", "-c", AS_DEBIAN, tmp_path / "hosts", LAUNCH / "several_nodes.sh", *OPTIONS]
+    running = start(nodes[0], *command)
+    _, said = running.communicate(timeout=20)
+    assert running.returncode == 1
+    given = f"several_nodes.sh: given ENDPOINT={nodes[0].namespace}:29411, which is 127.0.1.1 on this machine"
+    assert said.startswith(given), said
+
+
 PAUSED = """
 import os, pathlib, socket, sys, time
 sys.path.insert(0, {launch!r})
