@@ -36,50 +36,69 @@ class Checkpoint(NamedTuple):
     rank: int
 
     def save(self, progress: Progress) -> None:
-        """Write the state in place of the one there, or leave that."""
-        if self.path is None or self.rank != 0:
-            return
-        state = {"settings": self.settings, "progress": tuple(progress), "network": self.network.state_dict()}
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("wb") as file:
-            torch.save(state | {"optimizer": self.optimizer.state_dict()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        """Write the state in place of the one there, or leave that.
+
+        Raises:
+            CheckpointError: on every rank: rank 0 could not write.
+        """
+        if self.path is not None:
+            self._shared(self._write(self.path, progress) if self.rank == 0 else None)
 
     def restore(self) -> Progress:
         """Put network and optimizer into the state that rank 0 finds, on every rank; where there is no file, leave them.
 
         Raises:
-            CheckpointError: on every rank: the file is no checkpoint of a run with these settings, or its folder is not there.
+            CheckpointError: on every rank: the file is no checkpoint of a run with these settings, or could not be written.
         """
-        found: list[Any] = [self._read() if self.rank == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        state = found[0]
-        if isinstance(state, str):
-            raise CheckpointError(f"given {self.path}, {state}")
+        state = self._shared(self._read(self.path) if self.path is not None and self.rank == 0 else None)
         if state is None:
             return Progress()
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         return Progress(*state["progress"])
 
-    def _read(self) -> dict[str, Any] | str | None:
-        """The state, or what is wrong with the file."""
-        if self.path is None:
-            return None
-        if not self.path.parent.is_dir():
-            return "in a folder that is not there; expected one that is"
-        if not self.path.exists():
+    def _shared(self, found: Any) -> Any:
+        """What rank 0 found, on every rank: an error, if that is a string."""
+        box = [found]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box)
+        if isinstance(box[0], str):
+            raise CheckpointError(f"given {self.path}, {box[0]}")
+        return box[0]
+
+    def _write(self, path: Path, progress: Progress) -> str | None:
+        """What is wrong with the place, if anything."""
+        state = {"settings": self.settings, "progress": tuple(progress), "network": self.network.state_dict()}
+        try:
+            with (part := beside(path)).open("wb") as file:
+                torch.save(state | {"optimizer": self.optimizer.state_dict()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except (OSError, RuntimeError) as error:  # the latter is torch.save's, upon the former
+            return unwritable(error.__context__ or error)
+        return None
+
+    def _read(self, path: Path) -> dict[str, Any] | str | None:
+        """The state, or what is wrong with the file or its place."""
+        try:
+            if not path.parent.is_dir():
+                return "in a folder that is not there; expected one that is"
+            if path.is_dir():
+                return "which is a folder; expected a file"
+            beside(path).open("wb").close()
+            beside(path).unlink()
+        except OSError as error:
+            return unwritable(error)
+        if not path.exists():
             return None
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a file may make the reader raise anything
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return f"truncated or not a checkpoint ({reason}). {ADVICE}"
@@ -88,8 +107,19 @@ class Checkpoint(NamedTuple):
         return difference(state["settings"], self.settings) or state
 
 
-def difference(found: dict[str, Any] | None, expected: dict[str, Any]) -> str | None:
+def beside(path: Path) -> Path:
+    """The file that takes the place of this one when it is whole."""
+    return path.with_name(path.name + ".part")
+
+
+def unwritable(error: BaseException) -> str:
+    return f"which cannot be written ({type(error).__name__}: {error}); expected a place for it and for a .part file beside it"
+
+
+def difference(found: Any, expected: dict[str, Any]) -> str | None:
     """What is wrong with a checkpoint of the settings found, which may be none, for a run with those expected."""
-    if found is None:
+    if not isinstance(found, dict):
         return f"which another program wrote. {ADVICE}"
-    return None if found == expected else f"of a run with {found}, where this one has {expected}. {ADVICE}"
+    names = [name for name in found | expected if name not in found or name not in expected or found[name] != expected[name]]
+    theirs, ours = ({name: of[name] for name in names if name in of} for of in (found, expected))
+    return f"of a run with {theirs}, where this one has {ours}. {ADVICE}" if names else None

@@ -22,7 +22,7 @@ Sample: TypeAlias = tuple[Tensor, int]  # (C, H, W) float32 from 0 to 1, the num
 class Digits(Dataset[Sample]):
     """scikit-learn's 1797 handwritten digits."""
 
-    shape, classes = (1, 8, 8), 10
+    shape, classes, names = (1, 8, 8), 10, tuple("0123456789")
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -42,19 +42,19 @@ class Folder(Dataset[Sample]):
     """Images of a folder with one subfolder per class, read when asked for and scaled to a square."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        names = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         self.samples = [
             (path, label)
-            for label, name in enumerate(names)
-            for path in sorted(name.rglob("*"))
+            for label, of_class in enumerate(folders)
+            for path in sorted(of_class.rglob("*"))
             if path.suffix.lower() in SUFFIXES
         ]
         if len(self.samples) < 5:
             raise SystemExit(
-                f"given --data {folder} with {len(names)} subfolders and {len(self.samples)} images; expected one subfolder of "
-                f"images ({', '.join(sorted(SUFFIXES))}) for each class, and 5 images or more"
+                f"given --data {folder} with {len(folders)} subfolders and {len(self.samples)} images; expected one subfolder "
+                f"of images ({', '.join(sorted(SUFFIXES))}) for each class, and 5 images or more"
             )
-        self.shape, self.classes = (3, size, size), len(names)
+        self.shape, self.classes, self.names = (3, size, size), len(folders), tuple(of_class.name for of_class in folders)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -1,6 +1,6 @@
 """The training loop behind the programs of launch/: whatever wraps the model and makes its gradients, the steps are the same.
 
-Collectives stand where every rank comes, however its share of the data looks: at the end of an epoch and before a checkpoint.
+Collectives stand where every rank comes, however its share of the data looks: at the end of an epoch and around a checkpoint.
 """
 
 import argparse

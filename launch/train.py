@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import data
 import torch
@@ -108,10 +109,10 @@ def build(options: argparse.Namespace, images: data.Images, device: torch.device
     return model, torch.optim.SGD(model.parameters(), options.learning_rate, momentum=0.9)
 
 
-def settings(options: argparse.Namespace, images: data.Images) -> dict[str, int | float | str]:
+def settings(options: argparse.Namespace, images: data.Images) -> dict[str, Any]:
     """What a run must have in common with the one whose checkpoint it goes on from."""
     given = {name: getattr(options, name) for name in ("seed", "batch_size", "learning_rate", "bn", "dtype")}
-    return given | {"samples": len(images), "classes": images.classes}
+    return given | {"samples": len(images), "shape": images.shape, "classes": images.names}
 
 
 def train(options: argparse.Namespace, place: Place) -> Progress:
