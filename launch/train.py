@@ -30,31 +30,46 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `least` on."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least` on, to `most` where there is one."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {least} or more")
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            expected = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {expected}")
         return int(text)
 
     return parse
 
 
-def positive(text: str) -> float:
-    """The type of an option that takes numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0")
-    return value
+def positive(most: float | None = None) -> Callable[[str], float]:
+    """The type of an option that takes numbers above 0, to `most` where there is one."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf") or (most is not None and value > most):
+            expected = "above 0" if most is None else f"above 0, {most:g} at most"
+            raise argparse.ArgumentTypeError(f"given {text!r}; expected a number {expected}")
+        return value
+
+    return parse
+
+
+def variable(name: str, default: str = "") -> int:
+    """A whole number that torchrun puts into the environment; exits where there is none and no default."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        given = f"{name}={text!r}" if name in os.environ else f"RANK without {name}"
+        raise SystemExit(f"given {given} in the environment; expected a whole number, as torchrun gives")
+    return int(text)
 
 
 def gpus_and_processes() -> tuple[int, int]:
     """How many of each this machine has in the job."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0, variable("LOCAL_WORLD_SIZE", "1")
 
 
 def batch_norm(text: str) -> str:
@@ -78,15 +93,17 @@ def arguments(for_lightning: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=whole(1), default=5)
     parser.add_argument("--steps", type=whole(1), help="end after this many, resumed ones included")
     parser.add_argument("--batch-size", type=whole(1), default=32, help="samples of all processes in a step")
-    parser.add_argument("--learning-rate", type=positive, default=0.05)
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the initial network, the split and the order of the data")
+    parser.add_argument("--learning-rate", type=positive(), default=0.05)
+    seed = whole(0, 2**64 - 1)  # what torch takes
+    parser.add_argument("--seed", type=seed, default=0, help="of the initial network, the split and the order of the data")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write it; go on from it if it exists")
     if for_lightning:
         parser.add_argument("--processes", type=whole(1), default=2)
     else:
         parser.add_argument("--checkpoint-every", type=whole(1), default=50, metavar="STEPS")
-        parser.add_argument("--timeout", type=positive, default=600, metavar="SECONDS", help="how long to wait for a process")
+        waiting = positive(1e9)  # what a timedelta takes
+        parser.add_argument("--timeout", type=waiting, default=600, metavar="SECONDS", help="how long to wait for a process")
     return parser
 
 
@@ -135,7 +152,7 @@ def start(timeout: float) -> Place:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
         return Place(0, 1, device)
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world_size, local_rank = (variable(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = gpus >= processes
     if on_gpu:
         torch.cuda.set_device(local_rank)

@@ -460,6 +460,14 @@ def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "x")
+    assert main(["doctor", "--timeout=2"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith(f": given {variable}='x' in the environment; expected a whole number, as torchrun gives")
+
+
 @pytest.mark.parametrize("option", ["--repeats=1", "--steps=x", "--timeout=0", "--timeout=-1", "--timeout=nan"])
 def test_usage_errors(option, capsys):
     with pytest.raises(SystemExit) as stop:

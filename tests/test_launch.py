@@ -387,9 +387,11 @@ WRONG = {
     "--checkpoint-every=0": "given '0'; expected a whole number, 1 or more",
     "--image-size=0": "given '0'; expected a whole number, 1 or more",
     "--workers=-1": "given '-1'; expected a whole number, 0 or more",
-    "--seed=-1": "given '-1'; expected a whole number, 0 or more",
+    "--seed=-1": "given '-1'; expected a whole number, from 0 to 18446744073709551615",
+    "--seed=18446744073709551616": "given '18446744073709551616'; expected a whole number, from 0 to 18446744073709551615",
     "--learning-rate=nan": "given 'nan'; expected a number above 0",
-    "--timeout=0": "given '0'; expected a number above 0",
+    "--timeout=0": "given '0'; expected a number above 0, 1e+09 at most",
+    "--timeout=1e15": "given '1e15'; expected a number above 0, 1e+09 at most",
     "--bn=torch": "given 'torch' without a GPU; expected local or syncbn",
 }
 
@@ -402,6 +404,27 @@ def test_an_option_that_cannot_be_is_an_error_of_one_line(option, capsys, monkey
     assert ended.value.code == 2
     name = option.split("=")[0]
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {name}: {WRONG[option]}")
+
+
+def test_the_largest_seed_and_timeout_train(tmp_path):
+    start(sys.executable, LAUNCH / "train.py", f"--seed={2**64 - 1}", "--timeout=1e9", "--steps=1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "given"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK without LOCAL_RANK"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK without WORLD_SIZE"),
+        ({"RANK": "x", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK='x'"),
+        ({"LOCAL_WORLD_SIZE": "abc"}, "LOCAL_WORLD_SIZE='abc'"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_an_error_of_one_line(variables, given, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit, match=rf"^given {given} in the environment; expected a whole number, as torchrun gives$"):
+        train.main()
 
 
 def test_torchs_synchronized_batch_norm_needs_a_gpu_for_each_process(capsys, monkeypatch):

@@ -53,6 +53,10 @@ def _positive(kind: type) -> Any:
 
 def run(options: argparse.Namespace) -> int:
     """Join the job, examine it, leave it; the exit status."""
+    problem = next(filter(None, map(_problem_of, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))), None)
+    if problem is not None:
+        say(problem)
+        return 1
     local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if options.device == "cuda" and here <= local:
         say(f"given --device cuda for process {local} of this machine, which has {here} GPUs; expected one for each process")
@@ -135,6 +139,16 @@ def examine(options: argparse.Namespace, device: torch.device) -> int:
     if rank == 0:
         print("everything holds" if not bad else f"{bad} finding{'s' * (bad > 1)} to see to, marked BAD", flush=True)
     return 1 if bad else 0
+
+
+def _problem_of(variable: str) -> str | None:
+    """What is wrong with a number that torchrun puts into the environment."""
+    text = os.environ.get(variable, "0")
+    return (
+        None
+        if text.isdecimal()
+        else f"given {variable}={text!r} in the environment; expected a whole number, as torchrun gives"
+    )
 
 
 def say(message: str) -> None:
