@@ -62,8 +62,11 @@ def test_a_row_for_each_way_and_form(tmp_path, capsys):
     assert len(rows) == 2 * 2 * 5
     for row in rows:
         base = next(r for r in rows if (r["way"], r["form"], r["dtype"]) == (fused.BASE, row["form"], row["dtype"]))
-        ratio = float(row["microseconds_median"]) / float(base["microseconds_median"])
-        assert float(row["ratio"]) == pytest.approx(ratio, rel=0.02)
+        medians = float(row["microseconds_median"]) / float(base["microseconds_median"])
+        lower, ratio, upper = (float(row[name]) for name in ("ratio_lower_quartile", "ratio", "ratio_upper_quartile"))
+        assert lower <= ratio <= upper
+        assert 0.8 * lower <= medians <= 1.25 * upper
+        assert ratio == 1 or row is not base
         assert row["commit"]
     out = capsys.readouterr().out
     assert "syncbn, fused, ATen" in out

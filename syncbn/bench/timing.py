@@ -1,6 +1,7 @@
 """Interleaved runs, their medians and quartiles."""
 
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -24,9 +25,8 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> Quartiles:
-    """Ratio of the medians, between the quartiles of the ratios of neighbours in time."""
-    pairs = quartiles([one / other for one, other in zip(times, base, strict=True)])
-    return Quartiles(pairs.lower, statistics.median(times) / statistics.median(base), pairs.upper)
+    """Of the ratios of neighbours in time."""
+    return quartiles([one / other for one, other in zip(times, base, strict=True)])
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -34,9 +34,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def order(names: Sequence[str], repeat: int) -> list[str]:
-    """The names from another one on in each repetition, so that no one always follows the same."""
-    first = repeat % len(names)
-    return [*names[first:], *names[:first]]
+    """The names in an order of the repetition's own, so that no one always follows the same."""
+    return random.Random(repeat).sample(names, len(names))
 
 
 def interleaved(

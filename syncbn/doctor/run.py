@@ -144,11 +144,9 @@ def examine(options: argparse.Namespace, device: torch.device) -> int:
 def _problem_of(variable: str) -> str | None:
     """What is wrong with a number that torchrun puts into the environment."""
     text = os.environ.get(variable, "0")
-    return (
-        None
-        if text.isdecimal()
-        else f"given {variable}={text!r} in the environment; expected a whole number, as torchrun gives"
-    )
+    if text.isdecimal():
+        return None
+    return f"given {variable}={text!r} in the environment; expected a whole number, as torchrun gives"
 
 
 def say(message: str) -> None:
