@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -275,6 +276,19 @@ def test_fsdp_strategy_calls_the_plugin(tmp_path):
     gpu.fit(model, data, data)
     assert model.classes[1] == "SyncBatchNorm2d"
     assert [type(layer).__name__ for layer in model.net] == [type(layer).__name__ for layer in network(syncbn.SyncBatchNorm)]
+
+
+def test_the_monitor_logs_nothing_of_a_batch_that_was_skipped():
+    """It begins and has no end; nor does the next one, which is not watched, log what was left of it."""
+    net, logger = syncbn.convert(network(syncbn.SyncBatchNorm)), mock.Mock()
+    trainer, monitor = mock.Mock(loggers=[logger], global_step=1), SyncBatchNormMonitor(every_n_steps=2)
+    monitor.on_train_start(trainer, net)
+    monitor.on_train_batch_start(trainer, net, None, 0)
+    assert len(syncbn.observing.observers()) == 1
+    monitor.on_train_batch_start(trainer, net, None, 1)
+    assert syncbn.observing.observers() == ()
+    monitor.on_train_batch_end(trainer, net, None, None, 1)
+    assert logger.log_metrics.call_count == 0
 
 
 def _monitored(world, directory):

@@ -117,6 +117,25 @@ def layer_with_a_zero(group=None):
     return layer
 
 
+def test_gradients_in_eval_mode_are_those_of_the_valid_positions():
+    """NaN elsewhere."""
+    layer, plain = layer_for(torch.float64).eval(), nn.BatchNorm1d(C).double().eval()
+    layer.running_mean.uniform_(-1, 1)
+    layer.running_var.uniform_(0.5, 1.5)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.where(VALID.unsqueeze(1), ROWS[:4], torch.nan).requires_grad_()
+    valid = ROWS[:4][VALID].requires_grad_()
+    layer(x, VALID).pow(3).sum().backward()
+    plain(valid).pow(3).sum().backward()
+    for name, got, want in (
+        ("dx", x.grad[VALID], valid.grad),
+        ("dweight", layer.weight.grad, plain.weight.grad),
+        ("dbias", layer.bias.grad, plain.bias.grad),
+    ):
+        assert (got - want).abs().max() <= 1e-12 * want.abs().max(), name
+    assert x.grad[~VALID].tolist() == [[0] * C]
+
+
 def _mask_on_one_rank(world, wanted):
     """Rank 1 has nothing to mask and gives no mask; x without gradient is what a first layer has."""
     layer = layer_with_a_zero(world.group)

@@ -1,10 +1,12 @@
 """Who sees the collectives of a layer, and what is recorded of them: what was entered and not left, in whatever order."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.func import jvp, vmap
 
 import syncbn
 from syncbn import observing
@@ -81,6 +83,50 @@ def test_a_backward_is_seen_by_those_who_saw_its_forward(options, sizes):
     with outside.inside():
         torch.autograd.grad(y, x, dy, **options)
     assert (inside.sizes, outside.sizes) == (sizes, [])
+
+
+class Holding(Noting):
+    """Asks that running statistics be held."""
+
+    def before(self, call, local):
+        self.sizes.append(-local.numel())
+        return True
+
+
+@pytest.mark.parametrize("kinds", list(itertools.permutations([Holding, Holding, Noting])), ids=str)
+def test_all_see_a_call_in_which_one_holds_the_statistics(kinds):
+    layer, each = syncbn.SyncBatchNorm(3), [kind() for kind in kinds]
+    layer._force_sync = True
+    with contextlib.ExitStack() as stack:
+        for one in each:
+            stack.enter_context(one.inside())
+        layer(torch.randn(4, 3))
+    assert [one.sizes for one in each] == [[-7, 7] if kind is Holding else [7] for kind in kinds]
+    assert layer.running_mean.tolist() == [0] * 3
+
+
+class Telling(Noting):
+    """Notes what the messages are."""
+
+    def after(self, call, local, reduced):
+        self.sizes.append((call.phase, call.sums, reduced.numel()))
+
+
+def test_derivatives_of_sums_are_told_from_sums():
+    def layer(x):
+        return syncbn.sync_batch_norm(x, None, None, training=True, _force_sync=True)
+
+    x, telling = torch.randn(4, 3, requires_grad=True), Telling()
+    with telling.inside():
+        (dx,) = torch.autograd.grad(layer(x), x, torch.randn(4, 3), create_graph=True)
+        dx.square().sum().backward()
+        jvp(layer, (x,), (x,))
+        vmap(layer)(torch.randn(5, 4, 3))
+    assert telling.sizes == [
+        *[("forward", True, 7), ("backward", True, 7), ("backward", True, 6), ("backward", False, 6), ("backward", False, 6)],
+        *[("forward", True, 7), ("forward", False, 7)],
+        ("forward", False, 35),
+    ]
 
 
 def overlapping():
