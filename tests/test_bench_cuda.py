@@ -587,6 +587,7 @@ def invented(directory: Path, factor: float) -> None:
                 "ranks": 8,
                 "over_torch_sync": over,
                 "device_over_torch_sync": over,
+                "host_ahead": 0 if name == "torch-sync" else 1,
             }
             found.append(row | {"forward_of_copy": part, "backward_of_copy": 0.9 * part})
     write(directory / "layer_cuda.csv", [*found, found[0] | {"variant": "copy"}])
@@ -595,7 +596,8 @@ def invented(directory: Path, factor: float) -> None:
         micros = (2**power * channels**0.3 / 50 + 5) * factor if name.startswith("torch") else 4 * factor + len(name) - 6
         parts = zip(("lower_quartile", "median", "upper_quartile"), (0.9, 1, 1.2), strict=True)
         times = {f"device_microseconds_{part}": scale * micros for part, scale in parts}
-        merges.append({"variant": name, "ranks": 2**power, "channels": channels, "device": "cuda"} | times)
+        row = {"variant": name, "ranks": 2**power, "channels": channels, "device": "cuda"}
+        merges.append(row | times | {"host_ahead": 0 if name == "torch-sync" else 1})
     write(directory / "merge.csv", merges)
 
 
@@ -636,6 +638,20 @@ def test_no_point_lies_outside_of_its_picture(tmp_path):
         values = [value for line in axes.get_lines() if line.get_marker() != "None" for value in line.get_ydata()]
         assert len(values) > 100
         assert low <= min(values) <= max(values) <= high
+
+
+def test_pictures_say_whose_time_on_the_device_is_the_hosts(tmp_path):
+    invented(tmp_path, 1.0)
+    figure = Figure()
+    draw_layer_cuda.draw_layer_cuda(figure, read(tmp_path / "layer_cuda.csv"))
+    clock, device = (axes.get_title(loc="left") for axes in figure.axes[:2])
+    assert device.endswith("in which the host is late with: operators of nn.SyncBatchNorm")
+    assert "late" not in clock
+    figure = Figure()
+    draw_merge.draw_merge(figure, read(tmp_path / "merge.csv"))
+    labels = {line.get_label(): line.get_linestyle() for line in figure.axes[0].get_lines()}
+    assert [style for label, style in labels.items() if label.endswith("the host is late")] == [":"]
+    assert list(labels.values()).count("-") == 3
 
 
 def test_without_a_gpus_rows_its_pictures_are_not_missed(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from .draw_layer_cuda import host_is_late
 from .rows import origin
 
 Text = dict[str, str]
@@ -19,6 +20,7 @@ TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 def draw_merge(figure: Figure, recorded: Sequence[Text]) -> None:
     """Bars are quartiles."""
+    late = host_is_late(recorded)
     by_channels = sorted({int(row["channels"]) for row in recorded})
     figure.set_size_inches(5 * max(2, len(by_channels)), 5.5)
     panels = figure.subplots(1, len(by_channels), sharey=True, squeeze=False)[0]
@@ -31,7 +33,8 @@ def draw_merge(figure: Figure, recorded: Sequence[Text]) -> None:
             ranks = [int(row["ranks"]) for row in of]
             parts = ("lower_quartile", "median", "upper_quartile")
             low, middle, high = ([float(row[f"device_microseconds_{part}"]) for row in of] for part in parts)
-            axes.plot(ranks, middle, "o-", color=color, markersize=4, linewidth=1.5, label=label)
+            line, told = ("o:", f"{label}; the host is late") if name in late else ("o-", label)
+            axes.plot(ranks, middle, line, color=color, markersize=4, linewidth=1.5, label=told)
             axes.vlines(ranks, low, high, color=color, linewidth=1)
         axes.set_title(f"{channels} channels", loc="left")
         axes.set_xscale("log", base=2)
@@ -47,7 +50,7 @@ def draw_merge(figure: Figure, recorded: Sequence[Text]) -> None:
     shown = [tick for tick in TICKS if bottom <= tick <= top]
     panels[0].set_yticks(shown, [f"{tick:g}" for tick in shown])
     panels[0].yaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("µs a call on the device")
+    panels[0].set_ylabel("µs a call by events on the device")
     panels[0].legend(fontsize=8, frameon=False, loc="upper left")
     figure.suptitle(
         "From what a collective gave to the statistics of the batch; no collective is in it\n"
