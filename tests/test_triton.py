@@ -280,7 +280,6 @@ def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch,
     assert "C compiler on the path" in record.getMessage()
 
 
-@not_interpreted
 def test_a_trial_without_memory_is_none(monkeypatch):
     monkeypatch.setattr(syncbn.kernels, "_tried", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -291,7 +290,6 @@ def test_a_trial_without_memory_is_none(monkeypatch):
     assert in_triton(3) is in_triton()
 
 
-@not_interpreted
 def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch, caplog):
     """A kernel cannot be loaded then; what failed for that reason would count as a GPU on which none works."""
     kernels, capturing, tried = in_triton(), [True, True, False], []
