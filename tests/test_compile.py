@@ -156,7 +156,8 @@ def _grouped(world, kind):
         syncbn.convert(module, group_size={"size": 2}.get(kind))
     eager = copy.deepcopy(module)
     x = torch.randn(3 + world.rank, 3, generator=torch.Generator().manual_seed(world.rank)) + world.rank
-    return [step(m, x) for m in (torch.compile(module, fullgraph=True), eager)]
+    backend = "aot_eager" if "function" in kind else "inductor"
+    return [step(m, x) for m in (torch.compile(module, fullgraph=True, backend=backend), eager)]
 
 
 class Functional(nn.Module):
