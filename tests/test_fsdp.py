@@ -69,15 +69,19 @@ def assert_trained_alike(results, sizes=SIZES):
             assert off <= 1e-12 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
 
 
-def _fully_sharded(world):
-    """Each block and each batch norm a unit of its own, and the root."""
+def units():
+    """A converted model of which each block and each batch norm are units of their own, and the root."""
     model = syncbn.convert(network())
     for block in model:
         for layer in block:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 fully_shard(layer)
         fully_shard(block)
-    fully_shard(model)
+    return fully_shard(model)
+
+
+def _fully_sharded(world):
+    model = units()
     assert isinstance(model[0][1].weight, DTensor)
     losses = train(model, world.rank, world.size)
     return losses, state_of(model)
@@ -124,12 +128,7 @@ def _mixed_precision(world):
 
 def _reverted(world):
     """Layers sharded as ours: torch's again they are still units, and every rank trains on the whole batch."""
-    model = syncbn.convert(network())
-    for block in model:
-        for layer in block:
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                fully_shard(layer)
-    syncbn.revert(fully_shard(model))
+    model = syncbn.revert(units())
     layers = model[0][1], model[1][2]
     names = [(type(layer).__name__, isinstance(layer, FSDPModule)) for layer in layers]
     return names, train(model), state_of(model)
