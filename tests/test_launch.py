@@ -406,8 +406,9 @@ def test_an_option_that_cannot_be_is_an_error_of_one_line(option, capsys, monkey
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: argument {name}: {WRONG[option]}")
 
 
-def test_the_largest_seed_and_timeout_train(tmp_path):
-    start(sys.executable, LAUNCH / "train.py", f"--seed={2**64 - 1}", "--timeout=1e9", "--steps=1")
+def test_the_largest_seed_and_timeout_train():
+    told = start(sys.executable, LAUNCH / "train.py", f"--seed={2**64 - 1}", "--timeout=1e9", "--steps=1")
+    assert re.search(r"^accuracy on held-out images: 0\.\d+$", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
