@@ -34,10 +34,10 @@ def moments(
 ):
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, block, channel = place(c, BLOCK_C)
-    pivot = once(pivot_of(x, channel, n, c, s, IS_WIDE))
+    pivot = once(pivot_of(x, channel, n, c, s, IS_ROWS, IS_WIDE))
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in tl.range(part, tiles, splits, num_stages=4):  # three tiles are on their way while one is added
+    for t in tl.range(part, tiles, splits, num_stages=6 if IS_ROWS else 4):  # five tiles, or three, are on their way
         offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         value = tl.load(x + offset, mask=valid, other=0.0)
         centered = tl.where(valid, value.to(tl.float32) - pivot[None, :], 0.0)
@@ -143,11 +143,11 @@ def normalize(
     real = channel < c
     one = tl.arange(0, 1)
     count = tl.load(message + 2 * c + one)
-    values = tl.maximum(count, 1.0)
-    mean = tl.load(message + channel, mask=real, other=0.0) / values
-    square = tl.load(message + c + channel, mask=real, other=0.0) / values - mean * mean
+    each = 1 / tl.maximum(count, 1.0)
+    mean = tl.load(message + channel, mask=real, other=0.0) * each
+    square = tl.load(message + c + channel, mask=real, other=0.0) * each - mean * mean
     var = tl.where(square < 0, 0.0, square)
-    invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
+    invstd = tl.rsqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
     hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     hi, scale, shift = once(hi), once(scale.to(tl.float32)), once(shift)
     if part == 0:
@@ -163,7 +163,7 @@ def normalize(
                 tl.store(tracked + one, tl.load(tracked + one) + (count > 0).to(tl.int64))
             move(running_mean, channel, mean, factor, real & (count > 0))
             move(running_var, channel, var * (count / tl.maximum(count - 1, 1.0)), factor, real & (count > 1))
-    for back in range(part, tiles, splits):  # what was read last, and may still be in a cache, comes first
+    for back in tl.range(part, tiles, splits, num_stages=3):  # what was read last, and may still be in a cache, comes first
         offset, valid = tile(tiles - 1 - back, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
         value = apply(value, hi, scale, shift)
@@ -198,17 +198,17 @@ def input_gradient(
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, _, channel = place(c, BLOCK_C)
     real = channel < c
-    values = tl.maximum(tl.load(statistics + 2 * c), 1.0)
+    each = 1 / tl.maximum(tl.load(statistics + 2 * c), 1.0)
     sum_dy = tl.load(message + channel, mask=real, other=0.0)
     sum_dy_xmu = tl.load(message + c + channel, mask=real, other=0.0)
     mean = tl.load(statistics + channel, mask=real, other=0.0)
     invstd = tl.load(statistics + c + channel, mask=real, other=0.0)
     hi, lo, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
-    slope = -scale * invstd * invstd * sum_dy_xmu / values
-    addend = (-scale * sum_dy / values - slope * lo).to(tl.float32)
+    slope = -scale * invstd * invstd * sum_dy_xmu * each
+    addend = (-scale * sum_dy * each - slope * lo).to(tl.float32)
     hi, slope, addend = once(hi), once(slope.to(tl.float32)), once(addend)
     scale, shift = once(scale.to(tl.float32)), once(shift)
-    for back in range(part, tiles, splits):
+    for back in tl.range(part, tiles, splits, num_stages=3):
         offset, valid = tile(tiles - 1 - back, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         gradient = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)

@@ -61,7 +61,7 @@ def tile(
 
 
 @triton.jit
-def pivot_of(x, channel, n, c, s, IS_WIDE: tl.constexpr):
+def pivot_of(x, channel, n, c, s, IS_ROWS: tl.constexpr, IS_WIDE: tl.constexpr):
     """(BLOCK_C,) mean of some values spread over the share; 0 where it is not finite.
 
     One out of each equal part, each at another place of its part: that may be an image, and its corner blank in all images.
@@ -72,7 +72,10 @@ def pivot_of(x, channel, n, c, s, IS_WIDE: tl.constexpr):
     count = tl.minimum(positions, SAMPLES)
     step = positions // tl.maximum(count, 1)
     position = j * step + (j * 5 + 3) % SAMPLES * step // (SAMPLES + 1)
-    offset = (position // s * c * s + position % s)[:, None] + (channel * s)[None, :]
+    if IS_ROWS:
+        offset = (position * c)[:, None] + channel[None, :]
+    else:
+        offset = (position // s * c * s + position % s)[:, None] + (channel * s)[None, :]
     valid = (j < count)[:, None] & (channel < c)[None, :]
     mean = tl.sum(tl.load(x + offset, mask=valid, other=0.0).to(tl.float32), 0) / tl.maximum(count, 1)
     return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
@@ -112,20 +115,20 @@ def merge(first, second, partials, arrived, part, block, channel, c, splits, tea
 
     Splits are added by teams, then the teams' sums: by one program alone, all would be a long wait for memory.
     """
-    last = tl.program_id(0) >= 0
-    if splits > 1:
-        teams = tl.cdiv(splits, team)
-        mine = part // team
-        start = mine * team
-        stop = tl.minimum(start + team, splits)
-        counters = arrived + block * (teams + 1)
-        last = arrive(first, second, partials, part, counters + 1 + mine, stop - start, channel, c)
+    teams = tl.cdiv(splits, team)
+    mine = part // team
+    counters = arrived + block * (1 + teams)
+    row, counter = part, counters + 1 + mine
+    start, stop = mine * team, tl.minimum(mine * team + team, splits)
+    last = part >= 0
+    level, levels = teams * 0, tl.where(teams > 1, 2, tl.where(splits > 1, 1, 0))
+    while level < levels:  # one piece of code for both: it is fetched from memory while everything waits for it
+        last = arrive(first, second, partials, row, counter, stop - start, channel, c)
         if last:
             first, second = total(partials, start, stop, channel, c)
-            if teams > 1:
-                last = arrive(first, second, partials, splits + mine, counters, teams, channel, c)
-                if last:
-                    first, second = total(partials, splits, splits + teams, channel, c)
+        level = tl.where(last, level + 1, levels)
+        row, counter = splits + mine, counters
+        start, stop = splits, splits + teams
     return first, second, last
 
 

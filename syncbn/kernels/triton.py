@@ -29,7 +29,7 @@ CHANNELS = 8  # of a tile of planes, if they are long enough
 TILES = 256  # of a program, at most: what a lane adds in float32
 TEAM = 16  # splits whose sums one program adds without a team
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
-WIDE = 2**31 - 2**25  # values that offsets of 32 bits reach, those of a program's next tiles, past the end, included
+WIDE = 2**31 - 2**26  # values that offsets of 32 bits reach, those of a program's next tiles, past the end, included
 
 INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
 
@@ -63,10 +63,14 @@ class Share(NamedTuple):
     programs: int  # about, that share the tiles
 
 
-# Eight programs, or four of twice the values, on each multiprocessor of an H100 or H200. What programs of sums leave for the
-# last one is less if there are few of them, and each has few channels.
-SUMS = {True: Share(2048, 64, 528), False: Share(1024, 0, 1056)}  # by whether channels are contiguous
-ELEMENTS = {True: Share(1024, 128, 1056), False: Share(1024, 0, 1056)}
+def _shares(is_rows: bool, itemsize: int) -> tuple[Share, Share]:
+    """Of what adds and of what does not: as many programs as the multiprocessors of an H100 or H200 hold at once.
+
+    One wave of programs: a second one would start when the first ends, and take as long to its first value and from its last.
+    What programs of sums leave for the last one is less if there are few of them, and each has few channels.
+    """
+    sums = Share(1024, 64, 528) if is_rows else Share(2048, 0, 528)
+    return sums, Share(4096 // itemsize, 128 if is_rows else 0, 924)
 
 
 class Tiles(NamedTuple):
@@ -123,7 +127,7 @@ def _planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
 @functools.lru_cache(4096)
 def _plans(n: int, c: int, s: int, itemsize: int) -> Plans:
     n, s = (n, s) if n * s else (0, 1)
-    return Plans(*(_planned(n, c, s, itemsize, shares[s == 1]) for shares in (SUMS, ELEMENTS)))
+    return Plans(*(_planned(n, c, s, itemsize, share) for share in _shares(s == 1, itemsize)))
 
 
 class Workspace(NamedTuple):
