@@ -33,6 +33,7 @@ from syncbn.bench import (
     layer,
     layer_cuda,
     layer_cuda_summary,
+    layer_step,
     memory,
     merge,
     network,
@@ -217,12 +218,14 @@ def test_rows_of_a_case(dtype, layout, shape, operators):
     by_name = {row["variant"]: row for row in found}
     assert by_name["torch"]["backend"] == "native"
     assert by_name["torch"]["ratio"] == by_name["torch-sync"]["over_torch_sync"] == by_name["torch"]["device_ratio"] == 1
+    assert by_name["torch"]["chain_ratio"] == by_name["torch-sync"]["chain_over_torch_sync"] == 1
     assert by_name["copy"]["forward_of_copy"] == by_name["copy"]["backward_of_copy"] == 1
     assert by_name["copy"]["error_y"] == ""
     for row in found:
         assert row["bytes"] == math.prod(shape) * dtype.itemsize
         assert (row["ranks"], row["launches"], row["host_synchronizations"]) == (8, 0, 0)
-        for part in ("", "forward_", "backward_"):
+        assert row["replay_microseconds_median"] == "", "there are no graphs on a CPU"
+        for part in ("", "chain_", "forward_", "backward_"):
             times = [row[f"{part}microseconds_{which}"] for which in ("lower_quartile", "median", "upper_quartile")]
             assert 0 < times[0] <= times[1] <= times[2]
         assert row["variant"] == "copy" or float(row["error_dx"]) < 2e-2
@@ -230,7 +233,8 @@ def test_rows_of_a_case(dtype, layout, shape, operators):
 
 def test_without_torchs_operators_there_is_no_ratio_over_them():
     found = layer_cuda.measure(cases.Case("rows", (32, 8), torch.float32, 1), ["torch", "syncbn-aten"], 2, CPU)
-    assert {row["over_torch_sync"] for row in found} == {row["device_over_torch_sync"] for row in found} == {""}
+    columns = ("over_torch_sync", "chain_over_torch_sync", "device_over_torch_sync")
+    assert {row[column] for row in found for column in columns} == {""}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
@@ -259,23 +263,47 @@ def test_the_kernels_of_a_variant_are_forced(monkeypatch):
 def test_the_copy_moves_the_bytes_of_the_passes():
     moved = []
     x = torch.empty(10, 4)
-    step = layer_cuda.copies(x)
+    step = layer_step.copies(x)
     copy_ = torch.Tensor.copy_
     with mock.patch.object(
         torch.Tensor, "copy_", lambda self, other: moved.append(self.nbytes + other.nbytes) or copy_(self, other)
     ):
-        step = layer_cuda.copies(x)
+        step = layer_step.copies(x)
         step.both()
     assert moved == [3 * x.nbytes, 5 * x.nbytes]
 
 
 def test_no_step_adds_to_the_gradients_of_another():
     layer, x = nn.BatchNorm1d(4), torch.randn(16, 4)
-    step = layer_cuda.step_of("torch", layer, x, torch.ones(16, 4))
+    step = layer_step.step_of("torch", layer, x, torch.ones(16, 4))
     seen = []
     with mock.patch.object(nn.Module, "zero_grad", lambda module: seen.append(module)):
-        layer_cuda.interleaved({"torch": step}, 2, CPU, device_time.wall_clock)
+        layer_step.interleaved({"torch": step}, 2, CPU, device_time.wall_clock)
     assert len(seen) == 2 * 3, "after the step, and after its passes, warm-up included"
+
+
+def test_layers_in_a_row_are_one_step_and_a_layer_is_a_part_of_it():
+    layer, x = nn.BatchNorm1d(4), torch.randn(16, 4)
+    forwards, real = [], nn.BatchNorm1d.forward
+    with mock.patch.object(nn.BatchNorm1d, "forward", lambda layer, x: forwards.append(id(layer)) or real(layer, x)):
+        step = layer_step.step_of("torch", layer, x, torch.ones(16, 4), 8)
+        step.both()
+    assert len(forwards) == len(set(forwards)) == 8
+
+    def timed(run, device):
+        run()
+        return 8.0, None
+
+    step = step._replace(clear=mock.Mock(wraps=step.clear))
+    with mock.patch.object(layer_step, "timed", timed):
+        taken = layer_step.in_a_row({"torch": step}, {"torch": lambda: None}, 3, CPU)
+    assert taken == {"torch": layer_step.InARow([1.0] * 3, [1.0] * 3)}
+    assert step.clear.call_count == 4, "after each, the one that warms up included"
+    moved = layer_step.copies(x, 8)
+    with mock.patch.object(torch.Tensor, "copy_", mock.Mock()) as copied:
+        layer_step.copies(x, 8).both()
+    assert copied.call_count == 16
+    assert layer_step.captured(moved, CPU) is None
 
 
 def test_a_case_that_is_wrong_has_no_rows_and_the_others_have(operators, tmp_path, capsys):
@@ -342,6 +370,8 @@ def made(variant: str, megabytes: float, forward: float, ratio: float, **more) -
         "bytes": megabytes * 1e6,
     }
     row |= {"ratio": ratio, "over_torch_sync": ratio / 2, "forward_of_copy": forward, "backward_of_copy": forward - 0.1}
+    row |= {"chain_over_torch_sync": ratio / 4, "device_over_torch_sync": "", "chain_microseconds_median": 100.0}
+    row |= {"replay_microseconds_median": ""}
     return row | {"launches": 5, "host_synchronizations": "", "peak_over_torch": 1.0} | more
 
 
@@ -372,6 +402,18 @@ def test_what_is_printed_of_rows():
         "syncbn is slower than torch-sync, by the clock, in 1 of 4 cases",
         "  float32, contiguous, 1x30: 1.25",
     ]
+    assert layer_cuda_summary.faster(found) == [
+        "BAD  syncbn, tensors under 10 MB, a layer alone, by the clock: 1.60 to 1.60 times as fast as torch-sync, median 1.60; "
+        "0 of 1 reach 3",
+        "ok   syncbn, tensors under 10 MB, a layer of several in a row, by the clock: 3.20 to 3.20 times as fast as "
+        "torch-sync, median 3.20; 1 of 1 reach 3",
+        "BAD  syncbn, tensors of 50 MB and more, a layer alone, by the clock: 1.33 to 4.00 times as fast as torch-sync, median "
+        "2.67; 1 of 2 reach 1.5",
+        "ok   syncbn, tensors of 50 MB and more, a layer of several in a row, by the clock: 2.67 to 8.00 times as fast as "
+        "torch-sync, median 5.33; 2 of 2 reach 1.5",
+    ]
+    replayed = layer_cuda_summary.faster([made("syncbn", 1, 0.01, 1.25, replay_microseconds_median=12.5)])
+    assert replayed[-1] == "     syncbn, replayed as a graph: 12.5 microseconds a layer, in Python 100.0"
     whole = layer_cuda_summary.summary(found).splitlines()
     assert whole[2].split() == [
         "syncbn",
@@ -708,6 +750,13 @@ def test_what_is_counted_and_timed_on_a_gpu(as_users_run_it):
     assert found["torch-sync-unmasked"]["host_synchronizations"] == 0
     assert found["copy"]["host_ahead"] == 1
     assert 0.05 < found["torch"]["forward_of_copy"] < 1.5
+    small = cases.Case("channels_last", (32, 64, 28, 28), torch.float32, 1)
+    rows_of_small = {row["variant"]: row for row in layer_cuda.measure(small, names, 5, torch.device("cuda"))}
+    assert found["torch"]["replay_microseconds_median"] == "", "the tensor is large"
+    assert rows_of_small["torch-sync"]["replay_microseconds_median"] == "", "it waits"
+    assert 0 < rows_of_small["torch"]["replay_microseconds_median"] < rows_of_small["torch"]["chain_microseconds_median"]
     if "syncbn" in found:
+        ours = rows_of_small["syncbn"]
+        assert 0 < ours["replay_microseconds_median"] < ours["chain_microseconds_median"]
         assert (found["syncbn"]["host_synchronizations"], found["syncbn"]["copies_to_host"]) == (0, 0)
         assert found["syncbn"]["launches"] == 4 + 2, "four kernels and two collectives"

@@ -10,7 +10,7 @@ from torch import nn
 
 from syncbn import kernels
 from syncbn.__main__ import main
-from syncbn.bench import fused
+from syncbn.bench import device_time, fused
 from syncbn.bench.agreement import DisagreementError
 from syncbn.bench.cases import Case
 
@@ -82,15 +82,15 @@ def test_a_row_for_each_way_and_form(tmp_path, capsys, monkeypatch):
 def test_what_a_gpu_takes_is_timed_pass_by_pass(monkeypatch):
     """Its columns, by the clock of a CPU in place of events."""
     asked, taken = [], {}
-    real = fused.layer_cuda.interleaved
+    real = fused.layer_step.interleaved
 
     def interleaved(passes, repeats, device, clock):
         asked.append(list(passes))
-        found = real(passes, repeats, CPU, lambda run: fused.layer_cuda.clock(CPU)(run))
+        found = real(passes, repeats, CPU, device_time.clock(CPU))
         taken.update({name: one._replace(ahead=[True, False]) for name, one in found.items()})
         return taken
 
-    monkeypatch.setattr(fused.layer_cuda, "interleaved", interleaved)
+    monkeypatch.setattr(fused.layer_step, "interleaved", interleaved)
     monkeypatch.setattr(fused, "clock", lambda device: None)
     monkeypatch.setattr(fused, "peak", lambda step, device: 1)
     ways = {name: fused.WAYS[name] for name in (fused.BASE, "syncbn, fused")}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import kernels
 from ..doctor.finding import table
-from . import agreement, layer_cuda, peers, rows
+from . import agreement, layer_step, peers, rows
 from .cases import Case, chosen
 from .device_time import clock
 from .memory import keep_heap, peak
@@ -131,7 +131,7 @@ def measure(case: Case, form: str, ways: Mapping[str, Way], repeats: int, device
         taken = interleaved(steps, repeats, device, warm_up=2)
         return [_row(case, form, name, taken, held, device) for name in names]
     passes = {name: _passes(ways[name], module, leaves) for name, module in made.items()}
-    found = layer_cuda.interleaved(passes, repeats, device, clock(device))
+    found = layer_step.interleaved(passes, repeats, device, clock(device))
     taken = {name: one.step for name, one in found.items()}
     return [_row(case, form, name, taken, held, device) | _on_device(found[name], found[BASE]) for name in names]
 
@@ -163,7 +163,7 @@ def _step(way: Way, module: nn.Module, leaves: Leaves) -> Callable[[], None]:
     return run
 
 
-def _passes(way: Way, module: nn.Module, leaves: Leaves) -> layer_cuda.Step:
+def _passes(way: Way, module: nn.Module, leaves: Leaves) -> layer_step.Step:
     """Its forward and its backward, each by itself."""
     held: list[Tensor] = []
 
@@ -179,10 +179,10 @@ def _passes(way: Way, module: nn.Module, leaves: Leaves) -> layer_cuda.Step:
         for value in (*leaves.given, *module.parameters()):
             value.grad = None
 
-    return layer_cuda.Step(forward, backward, clear)
+    return layer_step.Step(forward, backward, clear)
 
 
-def _on_device(mine: layer_cuda.Taken, base: layer_cuda.Taken) -> Row:
+def _on_device(mine: layer_step.Taken, base: layer_step.Taken) -> Row:
     """More columns: what both passes take on the device."""
     return {
         **{f"device_{key}": value for key, value in microseconds(quartiles(mine.device)).items()},

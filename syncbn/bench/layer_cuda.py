@@ -2,16 +2,15 @@
 
 Requirements
     - variants take turns on the same values, each of which passed the equality check in a world of one (see fake_world.py);
-    - a step is timed twice: by the clock, alone, host and waits included, operands where the step before left them in L2; and
-      each of its two passes by CUDA events, from a flushed L2, with the host ahead (see device_time.py);
+    - a step is timed by the clock, host and waits included, operands where the step before left them in L2: of one layer alone,
+      of several in a row and, for tensors below SMALL, of that row as a graph (see layer_step.py), both told by the layer;
+    - each of the two passes of one layer is timed by CUDA events, from a flushed L2, with the host ahead (see device_time.py);
     - the floor is a copy of as many bytes as batch norm has to move, three times the tensor forward and five times backward, of
       which half are read and half written, by one device-to-device copy for each pass, in turn with the variants;
-    - gradients are cleared outside of what is timed and counted, so that no step adds to those of another;
     - rows go to a file of their own, those of a case as soon as it is measured; one that fails its check has none.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import sys
@@ -19,59 +18,29 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..doctor.latency import timed
-from . import agreement, check, counts, memory, peers, rows
+from . import agreement, check, counts, memory, rows
 from .cases import Case, chosen
-from .device_time import Clock, clock
+from .device_time import clock
 from .fake_world import RANKS, fake_world
-from .layer_cuda_summary import summary
-from .peers import PASSES, PEERS, TORCH, TORCH_SYNC, outputs_of, runnable
+from .layer_cuda_summary import SMALL, summary
+from .layer_step import DEPTH, WARM_UP, InARow, Step, Taken, captured, copies, in_a_row, interleaved, step_of, using
+from .peers import PEERS, TORCH, TORCH_SYNC, outputs_of, runnable
 from .rows import Row
-from .timing import Quartiles, microseconds, order, quartiles, ratio
+from .timing import Quartiles, microseconds, quartiles, ratio
 
 FILE = "layer_cuda"
 COPY = "copy"
 VARIANTS = ("torch-inductor", TORCH_SYNC, "torch-sync-unmasked", "syncbn", "syncbn-aten")
-WARM_UP = 3
-
-
-class Step(NamedTuple):
-    """Of one variant: `forward` and `backward` in turn, and between steps `clear`."""
-
-    forward: Callable[[], None]
-    backward: Callable[[], None]
-    clear: Callable[[], None]
-
-    def both(self) -> None:
-        self.forward()
-        self.backward()
-
-
-class Taken(NamedTuple):
-    """Seconds, one for each repetition."""
-
-    step: list[float]  # by the clock
-    forward: list[float]  # on the device
-    backward: list[float]
-    ahead: list[bool]  # of both passes
-
-    @property
-    def device(self) -> list[float]:
-        return [one + other for one, other in zip(self.forward, self.backward, strict=True)]
-
-    @property
-    def host_ahead(self) -> float:
-        """In what share of the repetitions."""
-        return round(sum(self.ahead) / len(self.ahead), 2)
 
 
 class Variant(NamedTuple):
     """What was found before times were taken."""
 
     step: Step
+    chain: Step
+    replay: Callable[[], None] | None
     errors: dict[str, float]
     peak: int  # bytes
     counts: counts.Counts | None
@@ -133,76 +102,41 @@ def measure(case: Case, variants: Sequence[str], repeats: int, device: torch.dev
     found = {}
     with fake_world(RANKS):
         for name in names:
-            found[name] = examined(name, step_of(name, theirs, x, dy), errors[name], device)
-        found[COPY] = examined(COPY, copies(x), dict.fromkeys(agreement.Outputs._fields, float("nan")), device)
+            chain = step_of(name, theirs, x, dy, DEPTH)
+            found[name] = examined(name, step_of(name, theirs, x, dy), chain, errors[name], device, x.nbytes < SMALL)
+        unknown = dict.fromkeys(agreement.Outputs._fields, float("nan"))
+        found[COPY] = examined(COPY, copies(x), copies(x, DEPTH), unknown, device, x.nbytes < SMALL)
         repeats *= 4 if case.small else 1
         taken = interleaved({name: one.step for name, one in found.items()}, repeats, device, clock(device))
-    return [_row(case, name, found, taken, x.nbytes, device) for name in found]
+        chains, replays = ({name: getattr(one, part) for name, one in found.items()} for part in ("chain", "replay"))
+        chained = in_a_row(chains, replays, repeats, device)
+    return [_row(case, name, found, taken, chained, x.nbytes, device) for name in found]
 
 
-def step_of(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
-    """The peer's layer on its own leaf."""
-    made, leaf = peers.make(name, copy.deepcopy(layer)), x.detach().requires_grad_()
-    held: list[Tensor] = []
-
-    def clear() -> None:
-        leaf.grad = None
-        made.zero_grad()
-
-    return Step(lambda: held.append(made(leaf)), lambda: held.pop().backward(dy), clear)
-
-
-def copies(x: Tensor) -> Step:
-    """Copies of as many bytes as the passes of batch norm move."""
-    runs = []
-    for passes in PASSES:
-        source = torch.zeros(passes * x.nbytes // 2, dtype=torch.uint8, device=x.device)
-        runs.append(functools.partial(torch.empty_like(source).copy_, source))
-    forward, backward = runs
-    return Step(lambda: _drop(forward()), lambda: _drop(backward()), lambda: None)
-
-
-def _drop(value: object) -> None:
-    """Keep nothing."""
-
-
-def using(name: str) -> contextlib.AbstractContextManager[None]:
-    return peers.using(name) if name in PEERS else contextlib.nullcontext()
-
-
-def examined(name: str, step: Step, errors: dict[str, float], device: torch.device) -> Variant:
+def examined(name: str, step: Step, chain: Step, errors: dict[str, float], device: torch.device, with_graph: bool) -> Variant:
     """Run it until all is made that is made once, then watch one step."""
     with using(name):
         for _ in range(WARM_UP):
-            step.both()
-            step.clear()
+            for one in (step, chain):
+                one.both()
+                one.clear()
         peak = memory.peak(step.both, device)
         step.clear()
         seen, backend = counts.of(step.both, device)
         step.clear()
-    return Variant(step, errors, peak, seen, backend)
-
-
-def interleaved(steps: dict[str, Step], repeats: int, device: torch.device, device_clock: Clock) -> dict[str, Taken]:
-    """All variants in turn, again and again, in another order each time."""
-    taken = {name: Taken([], [], [], []) for name in steps}
-    for repeat in range(-1, repeats):
-        for name in order(list(steps), repeat):
-            step = steps[name]
-            with using(name):
-                seconds, _ = timed(step.both, device)
-                step.clear()
-                forward, backward = device_clock(step.forward), device_clock(step.backward)
-                step.clear()
-            if repeat >= 0:
-                values: tuple[Any, ...] = (seconds, forward.seconds, backward.seconds, forward.ahead and backward.ahead)
-                for part, value in zip(Taken._fields, values, strict=True):
-                    getattr(taken[name], part).append(value)
-    return taken
+        waits = seen is not None and seen.host_synchronizations > 0
+        replay = captured(chain, device) if with_graph and not waits else None
+    return Variant(step, chain, replay, errors, peak, seen, backend)
 
 
 def _row(
-    case: Case, name: str, found: dict[str, Variant], taken: dict[str, Taken], bytes_of_x: int, device: torch.device
+    case: Case,
+    name: str,
+    found: dict[str, Variant],
+    taken: dict[str, Taken],
+    chained: dict[str, InARow],
+    bytes_of_x: int,
+    device: torch.device,
 ) -> Row:
     mine, base, floor, one = taken[name], taken[TORCH], taken[COPY], found[name]
     over_sync = taken.get(TORCH_SYNC)
@@ -219,8 +153,9 @@ def _row(
         **microseconds(quartiles(mine.step)),
         **_ratio("ratio", ratio(mine.step, base.step)),
         **_ratio("over_torch_sync", None if over_sync is None else ratio(mine.step, over_sync.step)),
-        **{f"forward_{key}": value for key, value in microseconds(quartiles(mine.forward)).items()},
-        **{f"backward_{key}": value for key, value in microseconds(quartiles(mine.backward)).items()},
+        **_chained(chained[name], chained[TORCH], chained.get(TORCH_SYNC)),
+        **_times("forward", mine.forward),
+        **_times("backward", mine.backward),
         "forward_of_copy": round(ratio(floor.forward, mine.forward).median, 3),
         "backward_of_copy": round(ratio(floor.backward, mine.backward).median, 3),
         **_ratio("device_ratio", ratio(mine.device, base.device)),
@@ -232,6 +167,22 @@ def _row(
         **{f"error_{tensor}": "" if error != error else f"{error:.1e}" for tensor, error in one.errors.items()},
         "repeats": len(mine.step),
     }
+
+
+def _chained(mine: InARow, base: InARow, over_sync: InARow | None) -> dict[str, Any]:
+    """The columns of layers in a row."""
+    return {
+        **_times("chain", mine.eager),
+        **_ratio("chain_ratio", ratio(mine.eager, base.eager)),
+        **_ratio("chain_over_torch_sync", None if over_sync is None else ratio(mine.eager, over_sync.eager)),
+        **_times("replay", mine.replay),
+    }
+
+
+def _times(name: str, taken: Sequence[float]) -> dict[str, Any]:
+    """The columns of a time; empty where there is none."""
+    columns = microseconds(quartiles(taken or [0.0]))
+    return {f"{name}_{key}": value if taken else "" for key, value in columns.items()}
 
 
 def _ratio(name: str, value: Quartiles | None) -> dict[str, Any]:

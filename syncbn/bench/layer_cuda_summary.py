@@ -11,13 +11,21 @@ Row = Mapping[str, Any]
 KEYS = ("variant", "dtype", "layout")
 TARGETS = {"forward": 0.85, "backward": 0.75}  # of the bandwidth of a copy
 LARGE = 25_000_000  # bytes of a tensor: below, latency decides, not bandwidth
+SMALL = 10_000_000
+# How many times as fast as torch-sync, and for which tensors.
+FASTER = {f"under {SMALL / 1e6:g} MB": (0, SMALL, 3.0), "of 50 MB and more": (50_000_000, float("inf"), 1.5)}
+CLOCKS = {
+    "a layer alone, by the clock": "over_torch_sync",
+    "a layer of several in a row, by the clock": "chain_over_torch_sync",
+    "on the device": "device_over_torch_sync",
+}
 OURS = "syncbn"
 SHOWN = 10  # lost cases that are named
 
 
 def summary(measured: Sequence[Row]) -> str:
     """Of one run."""
-    return "\n\n".join([_table(measured), "\n".join([*targets(measured), *lost(measured)])])
+    return "\n\n".join([_table(measured), "\n".join([*targets(measured), *faster(measured), *lost(measured)])])
 
 
 def _table(measured: Sequence[Row]) -> str:
@@ -74,6 +82,28 @@ def targets(measured: Sequence[Row]) -> list[str]:
                 f"{least['shape']}"
             )
     return told or [f"no tensor of {LARGE / 1e6:g} MB or more was measured with {OURS}: nothing is said of the targets"]
+
+
+def faster(measured: Sequence[Row]) -> list[str]:
+    """How many times as fast as torch-sync ours is, by each clock; and a graph of ours, of which torch-sync has none."""
+    told = []
+    for tensors, (least, most, target) in FASTER.items():
+        of = [row for row in measured if row["variant"] == OURS and least <= row["bytes"] < most]
+        for clock, column in CLOCKS.items():
+            times = [1 / value for value in _values(of, column)]
+            if times:
+                enough = sum(one >= target for one in times)
+                told.append(
+                    f"{'ok  ' if enough == len(times) else 'BAD '} {OURS}, tensors {tensors}, {clock}: {min(times):.2f} to "
+                    f"{max(times):.2f} times as fast as torch-sync, median {statistics.median(times):.2f}; {enough} of "
+                    f"{len(times)} reach {target:g}"
+                )
+    replayed = [row for row in measured if row["variant"] == OURS and row["replay_microseconds_median"] != ""]
+    if replayed:
+        median = statistics.median(_values(replayed, "replay_microseconds_median"))
+        eager = statistics.median(_values(replayed, "chain_microseconds_median"))
+        told.append(f"     {OURS}, replayed as a graph: {median:.1f} microseconds a layer, in Python {eager:.1f}")
+    return told
 
 
 def lost(measured: Sequence[Row]) -> list[str]:
