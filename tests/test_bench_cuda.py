@@ -627,7 +627,7 @@ def invented(directory: Path, factor: float) -> None:
                 "bytes": 3 * 10**number,
                 "device": "cuda",
                 "ranks": 8,
-                "over_torch_sync": over,
+                "chain_over_torch_sync": over,
                 "device_over_torch_sync": over,
                 "host_ahead": 0 if name == "torch-sync" else 1,
             }
@@ -672,7 +672,7 @@ def test_no_point_lies_outside_of_its_picture(tmp_path):
     invented(tmp_path, 1.0)
     recorded = read(tmp_path / "layer_cuda.csv")
     for row in recorded:
-        row["device_over_torch_sync"] = row["over_torch_sync"] and str(0.1 * float(row["over_torch_sync"]))
+        row["device_over_torch_sync"] = row["chain_over_torch_sync"] and str(0.1 * float(row["chain_over_torch_sync"]))
     figure = Figure()
     draw_layer_cuda.draw_layer_cuda(figure, recorded)
     for axes in figure.axes:

@@ -24,7 +24,7 @@ VARIANTS = {
 MARKERS = {"contiguous": "o", "channels_last": "s", "rows": "^", "contiguous 3d": "D", "channels_last 3d": "P"}
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 TIMES = {
-    "over_torch_sync": "a step by the clock, host and waits included",
+    "chain_over_torch_sync": "a layer of several in a row by the clock, host and waits included",
     "device_over_torch_sync": "by events on the device",
 }
 
