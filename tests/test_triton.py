@@ -444,6 +444,12 @@ VECTORS = ("weight", "bias", "running_mean", "running_var")
 OPTIONAL = (*VECTORS, "tracked", "residual", "y", "passed_dy")
 
 
+# The mean as float32 and wide again, then what that leaves of it.
+REST_OF_THE_MEAN = re.compile(
+    r"cvt\.rn\.f32\.f64\s+(%\w+), (%\w+);.*cvt\.f64\.f32\s+(%\w+), \1;.*sub(?:\.rn)?\.f64\s+%\w+, \2, \3;", re.DOTALL
+)
+
+
 def programs_at_once(made, directory: Path) -> int:
     """How many of a compiled program an H100 or H200 holds: 132 multiprocessors, each of 65536 registers and 227 kB."""
     import triton
@@ -514,6 +520,11 @@ def test_every_program_compiles_for_a_gpu(space, element, wide, aligned, fused, 
         source = ASTSource(program, signature, known, {place: [["tt.divisibility", 16]] for place in at})
         made = triton.compile(source, GPUTarget("cuda", 90, 32), in_triton().OPTIONS)
         assert made.asm["cubin"]
+        if program is programs.normalize:
+            assert REST_OF_THE_MEAN.search(made.asm["ptx"]), (
+                "of the mean as it is saved, and not of a product that was not rounded"
+            )
+        assert "approx" not in "".join(line for line in made.asm["ptx"].splitlines() if ".f64" in line)
         if program is programs.moments and space != "short":
             assert "cp.async" in made.asm["ptx"], "loads are under way while others are added"
         if aligned and not wide:

@@ -143,11 +143,11 @@ def normalize(
     real = channel < c
     one = tl.arange(0, 1)
     count = tl.load(message + 2 * c + one)
-    each = 1 / tl.maximum(count, 1.0)
-    mean = tl.load(message + channel, mask=real, other=0.0) * each
-    square = tl.load(message + c + channel, mask=real, other=0.0) * each - mean * mean
+    values = tl.maximum(count, 1.0)
+    mean = tl.load(message + channel, mask=real, other=0.0) / values  # a product would go unrounded into its rest, here alone
+    square = tl.load(message + c + channel, mask=real, other=0.0) / values - mean * mean
     var = tl.where(square < 0, 0.0, square)
-    invstd = tl.rsqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))
+    invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))  # tl.rsqrt is an approximation
     hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
     hi, scale, shift = once(hi), once(scale.to(tl.float32)), once(shift)
     if part == 0:
