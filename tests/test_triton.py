@@ -88,7 +88,7 @@ def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31, tea
     """The kernels with tiles of another size than a GPU wants, and teams of fewer splits."""
     kernels = in_triton()
     share = kernels.Share(tile, 64, programs)
-    monkeypatch.setattr(kernels, "_shares", lambda is_rows, itemsize: (share, share))
+    monkeypatch.setattr(kernels, "_shares", lambda s, itemsize: (share, share))
     monkeypatch.setattr(kernels, "WIDE", wide)
     monkeypatch.setattr(kernels, "TEAM", team)
     monkeypatch.setattr(kernels, "_plans", functools.cache(kernels._plans.__wrapped__))
@@ -320,7 +320,7 @@ def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
     kernels = in_triton()
     n, c, s = (shape[0] * shape[2], shape[1], 1) if contiguous_channels else shape
     for number, itemsize in itertools.product(range(2), (2, 4)):
-        plan = kernels._planned(n, c, s, itemsize, kernels._shares(s == 1, itemsize)[number])
+        plan = kernels._planned(n, c, s, itemsize, kernels._shares(s, itemsize)[number])
         *_, tiles, splits = plan.numbers
         cut, blocks = plan.cut, math.ceil(c / plan.cut.BLOCK_C)
         positions = tiles * cut.BLOCK_P if cut.IS_ROWS else tiles // n * cut.BLOCK_P
@@ -490,7 +490,7 @@ def test_every_program_compiles_for_a_gpu(space, element, wide, aligned, fused, 
 
     dtype = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}[element]
     s = {"rows": 1, "planes": 3136, "short": 49}[space]
-    shares = in_triton()._shares(s == 1, dtype.itemsize)
+    shares = in_triton()._shares(s, dtype.itemsize)
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
     sums = {**backward, "statistics": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}

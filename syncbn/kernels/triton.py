@@ -26,6 +26,7 @@ from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS = 8  # of a tile of planes, if they are long enough
+SHORT = 128  # values of a plane, at most
 TILES = 256  # of a program, at most: what a lane adds in float32
 TEAM = 16  # splits whose sums one program adds without a team
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
@@ -63,14 +64,16 @@ class Share(NamedTuple):
     programs: int  # about, that share the tiles
 
 
-def _shares(is_rows: bool, itemsize: int) -> tuple[Share, Share]:
+def _shares(s: int, itemsize: int) -> tuple[Share, Share]:
     """Of what adds and of what does not: as many programs as the multiprocessors of an H100 or H200 hold at once.
 
     One wave of programs: a second one would start when the first ends, and take as long to its first value and from its last.
-    What programs of sums leave for the last one is less if there are few of them, and each has few channels.
+    What programs of sums leave for the last one is less if there are few of them, and each has few channels; but short planes,
+    of which a thread loads one value at a time, want many threads.
     """
-    sums = Share(1024, 64, 528) if is_rows else Share(2048, 0, 528)
-    return sums, Share(4096 // itemsize, 128 if is_rows else 0, 924)
+    if s == 1:
+        return Share(1024, 64, 528), Share(4096 // itemsize, 128, 924)
+    return Share(1024, 0, 924) if s <= SHORT else Share(2048, 0, 528), Share(4096 // itemsize, 0, 924)
 
 
 class Tiles(NamedTuple):
@@ -127,7 +130,7 @@ def _planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
 @functools.lru_cache(4096)
 def _plans(n: int, c: int, s: int, itemsize: int) -> Plans:
     n, s = (n, s) if n * s else (0, 1)
-    return Plans(*(_planned(n, c, s, itemsize, share) for share in _shares(s == 1, itemsize)))
+    return Plans(*(_planned(n, c, s, itemsize, share) for share in _shares(s, itemsize)))
 
 
 class Workspace(NamedTuple):
