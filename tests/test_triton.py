@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import batches
@@ -87,11 +88,11 @@ def test_by_the_interpreter():
 def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31, team: int = 2):
     """The kernels with tiles of another size than a GPU wants, and teams of fewer splits."""
     kernels = in_triton()
-    share = kernels.Share(tile, 64, programs)
-    monkeypatch.setattr(kernels, "_shares", lambda s, itemsize: (share, share))
-    monkeypatch.setattr(kernels, "WIDE", wide)
-    monkeypatch.setattr(kernels, "TEAM", team)
-    monkeypatch.setattr(kernels, "_plans", functools.cache(kernels._plans.__wrapped__))
+    share = kernels.plans.Share(tile, 64, programs)
+    monkeypatch.setattr(kernels.plans, "shares", lambda s, itemsize: (share, share))
+    monkeypatch.setattr(kernels.plans, "WIDE", wide)
+    monkeypatch.setattr(kernels.plans, "TEAM", team)
+    monkeypatch.setattr(kernels.plans, "of", functools.cache(kernels.plans.of.__wrapped__))
     return kernels
 
 
@@ -317,10 +318,10 @@ SHARED += [(1, 1, 2**31), (2**31 - 1, 1, 1), (2**31 - 4096, 1, 1), (2**31 - 2**2
 @pytest.mark.parametrize("shape", SHARED)
 def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
     """Every tile is somebody's, nobody adds too many in float32, teams are whole, and offsets reach beyond the last tile."""
-    kernels = in_triton()
+    kernels = in_triton().plans
     n, c, s = (shape[0] * shape[2], shape[1], 1) if contiguous_channels else shape
     for number, itemsize in itertools.product(range(2), (2, 4)):
-        plan = kernels._planned(n, c, s, itemsize, kernels._shares(s, itemsize)[number])
+        plan = kernels.planned(n, c, s, itemsize, kernels.shares(s, itemsize)[number])
         *_, tiles, splits = plan.numbers
         cut, blocks = plan.cut, math.ceil(c / plan.cut.BLOCK_C)
         positions = tiles * cut.BLOCK_P if cut.IS_ROWS else tiles // n * cut.BLOCK_P
@@ -362,10 +363,13 @@ class Program:
 
     def compile(self, looks):
         self.compiled.add(looks)
-        return {(blocks, 1, 1): functools.partial(self.launch, looks) for blocks in range(1, 1057)}
+        return SimpleNamespace(run=functools.partial(self.launch, looks), function="of the driver", packed_metadata="packed")
 
-    def launch(self, looks, *arguments, stream):
-        assert stream == 0
+    def launch(self, looks, *given):
+        blocks, y, z, stream, function, metadata, *hooks = given[:9]
+        arguments = given[9:]
+        assert (y, z, stream, function, metadata, hooks) == (1, 1, 0, "of the driver", "packed", [None] * 3)
+        assert 1 <= blocks <= 1056
         assert self.looks(self.given) == looks, "launched for other arguments than it was compiled for"
         assert [given.data_ptr() if isinstance(given, torch.Tensor) else given for given in self.given] == list(arguments)
 
@@ -383,7 +387,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(kernels, "_launch", watched)
     for program in stand_ins:
         monkeypatch.setattr(kernels.programs, program.kernel.__name__, program)
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(kernels, "_launchers", {})
     return lambda: [len(program.compiled) for program in stand_ins]
 
 
@@ -412,7 +416,7 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
         "shape": [(6, 33, 5, 5), (6, 48, 5, 5), (6, 33, 4, 4), (6, 1), (6, 48), (5, 32, 64, 64)],
         "dtype": DTYPES,
         "layout": LAYOUTS,
-        "offset": [0, 1, 8],
+        "offset": [0, 1, 4, 8],
         "parameters": [None, torch.float32, torch.bfloat16],
         "running": [None, 0.1, 1, math.inf],
         "fused": batches.FUSED,
@@ -429,11 +433,51 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
         running = None if momentum is None else Running(torch.empty(c), torch.empty(c), torch.tensor(0), momentum)
         step(x, Affine(vector, vector, 1, fused != "none", residual), running)
     assert min(compiled()) > 10
-    monkeypatch.setattr(in_triton(), "WIDE", 0)
-    monkeypatch.setattr(in_triton(), "_plans", functools.cache(in_triton()._plans.__wrapped__))
+    monkeypatch.setattr(in_triton().plans, "WIDE", 0)
+    monkeypatch.setattr(in_triton().plans, "of", functools.cache(in_triton().plans.of.__wrapped__))
     for planes in ((2**31 - 1, 1, 1), (2**31, 1, 1), (2, 1, 2**30), (1, 1, 2**31)):
         monkeypatch.setattr(in_triton(), "planes", lambda x, planes=planes: planes)
         step(torch.empty(6, 1))
+
+
+@not_interpreted
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_it_compiles_is_launched_as_triton_would(hooked, monkeypatch):
+    """Up to the driver; and where somebody has a hook, by Triton itself."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernels = in_triton()
+    x, dx, message = torch.ones(4, 32, 20, 20), torch.empty(4, 32, 20, 20), torch.ones(65, dtype=torch.float64)
+    plan = kernels.plans.of(4, 32, 400, 4).elements
+    program = kernels.programs.input_gradient
+    pointers = {"dy": "*fp32", "x": "*fp32", "dx": "*fp32", "message": "*fp64", "statistics": "*fp64"}
+    signature = {name: {**SIZES, **pointers}.get(name, "constexpr") for name in program.arg_names}
+    constants = {"weight": None, "bias": None, "RELU": False, **plan.cut._asdict()}
+    compiled = triton.compile(ASTSource(program, signature, constants), GPUTarget("cuda", 90, 32), kernels.OPTIONS)
+    launched: list[tuple[object, ...]] = []
+    stand_ins = {"module": "loaded", "function": "of the driver", "_run": lambda *given: launched.append(given)}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(compiled, name, stand_in)
+    stand_in = mock.MagicMock(__name__="input_gradient")
+    stand_in.__getitem__.return_value.return_value = compiled
+    monkeypatch.setattr(kernels, "_launchers", {})
+    tensors = (x, x, dx, message, message, None, None)
+    kernels._launch(stand_in, x, plan, tensors, (), (False,))
+    assert stand_in.__getitem__.call_count == 1
+    assert launched == [], "Triton launches what it compiles"
+    if hooked:
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None])
+    kernels._launch(stand_in, x, plan, tensors, (), (False,))
+    assert stand_in.__getitem__.call_count == 1
+    compiled[plan.grid](*launched[0][9:], stream=0)
+    by_us, by_triton = launched
+    assert by_us[:6] == by_triton[:6] == (*plan.grid, 0, "of the driver", compiled.packed_metadata)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    assert by_us[9:] == by_triton[9:] == (*addresses, *plan.numbers, False, *plan.cut)
+    assert by_us[7:9] == (by_triton[7:9] if hooked else (None, None))
+    assert (by_us[6] is None) != hooked, "the metadata are for hooks"
 
 
 SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}
@@ -490,7 +534,7 @@ def test_every_program_compiles_for_a_gpu(space, element, wide, aligned, fused, 
 
     dtype = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}[element]
     s = {"rows": 1, "planes": 3136, "short": 49}[space]
-    shares = in_triton()._shares(s, dtype.itemsize)
+    shares = in_triton().plans.shares(s, dtype.itemsize)
     forward, backward = {"x": element, "y": element, **STATISTICS, **FLOATS}, {"dy": element, "x": element}
     sums = {**backward, "statistics": "*fp64", "dweight": "*fp32", "dbias": "*fp32", **MERGE}
     all_vectors = dict.fromkeys(VECTORS, "*fp32") | {"tracked": "*i64"}
@@ -511,7 +555,7 @@ def test_every_program_compiles_for_a_gpu(space, element, wide, aligned, fused, 
     ]
     for program, pointers, more in sources:
         share = shares[program in (programs.normalize, programs.input_gradient)]
-        cut = in_triton()._tiles(256, s, dtype.itemsize, wide, share)
+        cut = in_triton().plans.tiling(256, s, dtype.itemsize, wide, share)
         constants = {"IS_CUMULATIVE": False, **cut._asdict()}
         signature = {name: {**SIZES, **pointers}.get(name, "constexpr") for name in program.arg_names}
         absent = dict.fromkeys(set(OPTIONAL) - set(pointers))

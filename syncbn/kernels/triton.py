@@ -5,14 +5,11 @@ Requirements
     - the same bits every time: partial sums are merged in a fixed order by the program that happens to come last;
     - nothing waits for the device; offsets are 64 bits wide where 32 do not reach;
     - values are summed in float32 about a pivot, or the mean, by lanes of some hundred values, and in float64 from there on;
-    - the choice of tiles is static: ranks that tune would do so at different speeds, and others wait for them;
-    - no program adds more than TILES tiles in float32, and what all of them leave is added by teams, not by the last one alone;
     - Triton looks at the arguments of a program when it has to compile: else they cost more than the launch.
 """
 
 import functools
 import math
-import operator
 import struct
 from typing import Any, NamedTuple
 
@@ -21,16 +18,12 @@ import triton
 from torch import Tensor
 
 from .. import equations
-from . import Affine, GradientSums, Running, Saved, keep, move, programs
+from . import Affine, GradientSums, Running, Saved, keep, move, plans, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
+from .plans import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHANNELS = 8  # of a tile of planes, if they are long enough
-SHORT = 128  # values of a plane, at most
-TILES = 256  # of a program, at most: what a lane adds in float32
-TEAM = 16  # splits whose sums one program adds without a team
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
-WIDE = 2**31 - 2**26  # values that offsets of 32 bits reach, those of a program's next tiles, past the end, included
 
 INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
 
@@ -54,83 +47,6 @@ def problem(device: str) -> str | None:
         first = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         return f"{first}; Triton needs a C compiler on the path and the headers of Python"
     return None
-
-
-class Share(NamedTuple):
-    """How a function shares out a tensor; chosen by hand on an H200."""
-
-    tile: int  # values of a tile, at most
-    row: int  # bytes of a tile that are one piece of a row of channels
-    programs: int  # about, that share the tiles
-
-
-def _shares(s: int, itemsize: int) -> tuple[Share, Share]:
-    """Of what adds and of what does not: as many programs as the multiprocessors of an H100 or H200 hold at once.
-
-    One wave of programs: a second one would start when the first ends, and take as long to its first value and from its last.
-    What programs of sums leave for the last one is less if there are few of them, and each has few channels; but short planes,
-    of which a thread loads one value at a time, want many threads.
-    """
-    if s == 1:
-        return Share(1024, 64, 528), Share(4096 // itemsize, 128, 924)
-    return Share(1024, 0, 924) if s <= SHORT else Share(2048, 0, 528), Share(4096 // itemsize, 0, 924)
-
-
-class Tiles(NamedTuple):
-    """How a tensor (N, C, S) is cut, for any N; the constants of a program, as tiles.py has them."""
-
-    IS_ROWS: bool
-    IS_WIDE: bool
-    UNIT: int
-    BLOCK_P: int
-    BLOCK_C: int
-
-
-def _tiles(c: int, s: int, itemsize: int, is_wide: bool, share: Share) -> Tiles:
-    """Static, so that all ranks compile the same. In small planes a thread has values, and so registers, of many channels."""
-    channels, plane, tile = triton.next_power_of_2(c), triton.next_power_of_2(s), share.tile
-    if s == 1:
-        block_c = min(channels, share.row // itemsize, tile)
-        return Tiles(True, is_wide, math.gcd(c, 16), tile // block_c, block_c)
-    block_p = min(plane, max(tile // CHANNELS, tile // channels))
-    values = tile if plane > tile // 16 else tile // 2
-    return Tiles(False, is_wide, math.gcd(s, 16), block_p, min(channels, max(1, values // block_p), 256))
-
-
-class Plan(NamedTuple):
-    """The launch of a kernel over the tiles of a tensor."""
-
-    numbers: tuple[int, int, int, int, int]  # N, C, S, tiles, splits
-    cut: Tiles
-    is_long: tuple[bool, bool]  # whether N and S take 64 bits
-    grid: tuple[int, int, int]
-    team: int  # splits, of which one program adds the sums
-    counters: int  # of the programs that have arrived, one for each team and one for all teams, by block of channels
-    partials: int  # float64 values of partial sums
-
-
-class Plans(NamedTuple):
-    """Of the functions that add and of those that do not."""
-
-    sums: Plan
-    elements: Plan
-
-
-def _planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
-    cut = _tiles(c, s, itemsize, n * c * s >= WIDE, share)
-    blocks = -(-c // cut.BLOCK_C)
-    tiles = -(-n // cut.BLOCK_P) if cut.IS_ROWS else n * -(-s // cut.BLOCK_P)
-    splits = max(1, min(tiles, share.programs // blocks), -(-tiles // TILES))
-    team = splits if splits <= TEAM else math.isqrt(splits - 1) + 1
-    teams = -(-splits // team)
-    counters, rows = (blocks * (1 + teams), splits + teams) if splits > 1 else (0, 0)
-    return Plan((n, c, s, tiles, splits), cut, (n >= 2**31, s >= 2**31), (blocks * splits, 1, 1), team, counters, 2 * c * rows)
-
-
-@functools.lru_cache(4096)
-def _plans(n: int, c: int, s: int, itemsize: int) -> Plans:
-    n, s = (n, s) if n * s else (0, 1)
-    return Plans(*(_planned(n, c, s, itemsize, share) for share in _shares(s, itemsize)))
 
 
 class Workspace(NamedTuple):
@@ -174,13 +90,28 @@ def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, constants: tuple[bo
     if _is_elsewhere(x.get_device()):
         with torch.cuda.device(x.device):
             return _sums(kernel, x, *arguments, constants=constants)
-    plan = _plans(*planes(x), x.itemsize).sums
+    plan = plans.of(*planes(x), x.itemsize).sums
     counters, partials, _ = _workspace(x, plan.counters, plan.partials)
     return _launch(kernel, x, plan, (*arguments, partials, counters), (plan.team,), constants)
 
 
-# What Triton compiled, by all that it compiles for, the size of integers included.
-_compiled: dict[tuple[Any, ...], Any] = {}
+class Launcher(NamedTuple):
+    """What Triton compiled, and what it launches that by: its own call makes objects for hooks, most often of nobody."""
+
+    compiled: Any
+    run: Any
+    function: Any
+    metadata: Any
+
+
+# By all that Triton compiles for, the size of integers included.
+_launchers: dict[tuple[Any, ...], Launcher] = {}
+
+
+def _has_hooks() -> bool:
+    """Whether someone, such as a profiler, wants to be called at each launch."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def _launch(
@@ -199,15 +130,22 @@ def _launch(
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
     odd = None  # which of them 16 bytes do not divide
-    if functools.reduce(operator.or_, filter(None, pointers), 0) % 16:
+    if math.gcd(16, *filter(None, pointers)) < 16:
         odd = tuple([pointer is not None and pointer % 16 > 0 for pointer in pointers])
     key = (kernel.__name__, device, dtypes, odd, plan.is_long, constants, plan.cut)
-    known = _compiled.get(key)
+    known = _launchers.get(key)
     others = (*more, *plan.numbers, *constants, *plan.cut)
     if known is None:
-        _compiled[key] = kernel[plan.grid](*tensors, *others, **OPTIONS)
-    else:  # addresses, of which Triton would ask the driver where they are if they were tensors
-        known[plan.grid](*pointers, *others, stream=_stream(device))
+        compiled = kernel[plan.grid](*tensors, *others, **OPTIONS)
+        if not INTERPRETED:
+            _launchers[key] = Launcher(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+        return None
+    # By addresses: where tensors are Triton would ask the driver.
+    arguments, stream = (*pointers, *others), _stream(device)
+    if _has_hooks():
+        known.compiled[plan.grid](*arguments, stream=stream)
+    else:
+        known.run(*plan.grid, stream, known.function, known.metadata, None, None, None, *arguments)
     return None
 
 
@@ -254,7 +192,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
     _launch(
         programs.normalize,
         x,
-        _plans(*planes(x), x.itemsize).elements,
+        plans.of(*planes(x), x.itemsize).elements,
         (x, y, added, message, saved.statistics, *vectors),
         (*_pair(eps), *_pair(momentum or 0.0)),
         (relu, momentum is None),
@@ -285,7 +223,7 @@ def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tens
         _launch(
             programs.input_gradient,
             x,
-            _plans(*planes(x), x.itemsize).elements,
+            plans.of(*planes(x), x.itemsize).elements,
             given,
             constants=(saved.relu and saved.y is None,),
         )
