@@ -432,6 +432,8 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
         vector = None if parameters is None else torch.empty(c + offset, dtype=parameters)[offset:]
         running = None if momentum is None else Running(torch.empty(c), torch.empty(c), torch.tensor(0), momentum)
         step(x, Affine(vector, vector, 1, fused != "none", residual), running)
+    for offset in (0, 4, 8):  # of 2 bytes: 16 and then 8 divide the address
+        step(torch.empty(6 * 48 + offset, dtype=torch.bfloat16)[offset:].view(6, 48))
     assert min(compiled()) > 10
     monkeypatch.setattr(in_triton().plans, "WIDE", 0)
     monkeypatch.setattr(in_triton().plans, "of", functools.cache(in_triton().plans.of.__wrapped__))
