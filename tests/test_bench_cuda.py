@@ -303,7 +303,7 @@ def test_layers_in_a_row_are_one_step_and_a_layer_is_a_part_of_it():
     with mock.patch.object(torch.Tensor, "copy_", mock.Mock()) as copied:
         layer_step.copies(x, 8).both()
     assert copied.call_count == 16
-    assert layer_step.captured(moved, CPU) is None
+    assert layer_step.captured(moved.both, moved.clear, CPU) is None
 
 
 def test_a_case_that_is_wrong_has_no_rows_and_the_others_have(operators, tmp_path, capsys):
@@ -478,7 +478,36 @@ def test_a_step_of_the_network(operators, brief, tmp_path, capsys):
         assert (float(row["over_torch_median"]) == 1) == (row["variant"] == "torch")
         assert (float(row["over_torch_sync_median"]) == 1) == (row["variant"] == "torch-sync")
         assert float(row["error_gradients"]) < 1e-2
+        assert row["replay_milliseconds_median"] == row["replay_over_torch_median"] == "", "there are no graphs on a CPU"
     assert "over torch-sync" in capsys.readouterr().out
+
+
+def test_a_network_that_waits_is_not_captured(operators, brief, tmp_path, monkeypatch, capsys):
+    """The others' replays are columns of their own, beside torch's."""
+    captured, replayed = [], []
+
+    def stand_in(run, clear, device):
+        number = len(captured)
+        captured.append(run)
+        return lambda: replayed.append(number) or 0.01 * (1 + number)
+
+    def timed(run, device):
+        return run() or 1.0, None
+
+    waits = iter([0, 3, 0, 0, 0])
+    monkeypatch.setattr(counts, "of", lambda run, device: (counts.Counts(5, 5, next(waits), 0), ""))
+    monkeypatch.setattr(resnet50, "captured", stand_in)
+    monkeypatch.setattr(resnet50, "timed", timed)
+    assert main(["bench", *NETWORK.split(), "--results", str(tmp_path)]) == 0
+    found = {row["variant"]: row for row in read(tmp_path / "resnet50.csv")}
+    assert len(captured) == len(found) - 1
+    assert sorted(replayed) == sorted([*range(len(captured))] * 2), "twice each, as --repeats has it"
+    assert found["torch-sync"]["replay_milliseconds_median"] == ""
+    assert float(found["torch"]["replay_over_torch_median"]) == 1
+    assert float(found["torch"]["replay_milliseconds_median"]) == 10
+    assert float(found["torch-sync-unmasked"]["replay_over_torch_median"]) == 2
+    assert {float(row["milliseconds_median"]) for row in found.values()} == {1000}
+    assert "ms as a graph" in capsys.readouterr().out
 
 
 def test_launches_are_counted_once_for_all_numbers_of_images(operators, brief, tmp_path, monkeypatch):

@@ -64,25 +64,25 @@ def copies(x: Tensor, depth: int = 1) -> Step:
     return Step(functools.partial(repeated, runs[0]), functools.partial(repeated, runs[1]), lambda: None)
 
 
-def captured(step: Step, device: torch.device) -> Callable[[], None] | None:
-    """The replay of a step as a graph; None on a CPU, and where it cannot be captured."""
+def captured(run: Callable[[], object], clear: Callable[[], object], device: torch.device) -> Callable[[], None] | None:
+    """The replay of what `run` does as a graph; None on a CPU, and where it cannot be captured. `clear` goes between runs."""
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):  # what is made once is made outside of the graph
-            step.both()
-            step.clear()
+            run()
+            clear()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            step.both()
+            run()
     except RuntimeError:  # whatever it was that a capture does not allow
         return None
     finally:
-        step.clear()
+        clear()
     return graph.replay
 
 

@@ -5,7 +5,8 @@ Requirements
     - all variants train the same images from the same weights, and take turns, step by step;
     - before any time is taken, and in a world of one, gradients and running statistics are as near to float64 as twice those of
       torch's layer, or to ALLOWED, whatever the convolutions round to;
-    - a step is forward, backward and SGD by the clock, between two synchronisations with the device;
+    - a step is forward, backward and SGD by the clock, between two synchronisations with the device; and, of a variant that can
+      be captured, its replay as a CUDA graph, which has no host in it;
     - the rows of a setting are written as soon as it is measured; one that fails its check has none.
 """
 
@@ -25,6 +26,7 @@ from ..doctor.latency import timed
 from . import counts, memory, peers, rows, sync_operators
 from .agreement import DisagreementError
 from .fake_world import RANKS, fake_world
+from .layer_step import captured
 from .network import replace, resnet50
 from .peers import TORCH, TORCH_SYNC, runnable
 from .rows import Row
@@ -66,6 +68,21 @@ SETTINGS = (
 
 
 Seen = dict[tuple[Setting, str], counts.Counts | None]  # by setting and variant: a profile of a network takes seconds
+
+
+class Watched(NamedTuple):
+    """What was found of a variant before times were taken."""
+
+    peak: int  # bytes
+    counts: counts.Counts | None
+    replay: Callable[[], None] | None
+
+
+class Taken(NamedTuple):
+    """Seconds, one for each repetition."""
+
+    eager: list[float]
+    replay: list[float]  # none where there is no graph
 
 
 class Training(NamedTuple):
@@ -125,7 +142,7 @@ def measure(
     made = [training(name, initial, setting, x, target) for name in names]
     with fake_world(1):
         errors = checked(made, initial, x, target)
-    watched, taken = {}, {one.name: list[float]() for one in made}
+    watched, taken = {}, {one.name: Taken([], []) for one in made}
     with fake_world(RANKS):
         for one in made:
             with peers.using(one.name):
@@ -133,12 +150,18 @@ def measure(
                     one.run()
                 if (setting, one.name) not in seen:
                     seen[setting, one.name] = counts.of(one.run, device)[0]
-                watched[one.name] = memory.peak(one.run, device), seen[setting, one.name]
+                found = seen[setting, one.name]
+                peak = memory.peak(one.run, device)
+                waits = found is not None and found.host_synchronizations > 0
+                watched[one.name] = Watched(peak, found, None if waits else captured(one.run, lambda: None, device))
         for repeat in range(repeats):
             for number in order([str(number) for number in range(len(made))], repeat):
                 one = made[int(number)]
+                replay = watched[one.name].replay
                 with peers.using(one.name):
-                    taken[one.name].append(timed(one.run, device)[0])
+                    taken[one.name].eager.append(timed(one.run, device)[0])
+                    if replay is not None:
+                        taken[one.name].replay.append(timed(replay, device)[0])
     network = f"ResNet-50, width {width}, {size}×{size}"
     common = {"network": network, "images": images, **setting._asdict(), "device": device.type, "ranks": RANKS}
     return [{"variant": one.name} | common | _columns(one.name, taken, watched, errors) for one in made]
@@ -187,34 +210,48 @@ def checked(made: Sequence[Training], initial: nn.Module, x: Tensor, target: Ten
 
 def _columns(
     name: str,
-    taken: Mapping[str, Sequence[float]],
-    watched: Mapping[str, tuple[int, counts.Counts | None]],
+    taken: Mapping[str, Taken],
+    watched: Mapping[str, Watched],
     errors: Mapping[str, Mapping[str, float]],
 ) -> Row:
-    peak, seen = watched[name]
-    over_sync = ratio(taken[name], taken[TORCH_SYNC])._asdict() if TORCH_SYNC in taken else {}
-    milliseconds = Quartiles(*(1e3 * value for value in quartiles(taken[name])))
+    peak, seen, _ = watched[name]
+    mine, base, over_sync = taken[name], taken[TORCH], taken.get(TORCH_SYNC)
     return {
-        **{f"milliseconds_{part}": round(value, 3) for part, value in milliseconds._asdict().items()},
-        **{f"over_torch_{part}": round(value, 3) for part, value in ratio(taken[name], taken[TORCH])._asdict().items()},
-        **{f"over_torch_sync_{part}": round(over_sync[part], 3) if over_sync else "" for part in Quartiles._fields},
+        **_named("milliseconds", [1e3 * value for value in quartiles(mine.eager)]),
+        **_named("over_torch", ratio(mine.eager, base.eager)),
+        **_named("over_torch_sync", ratio(mine.eager, over_sync.eager) if over_sync else None),
+        **_named("replay_milliseconds", [1e3 * value for value in quartiles(mine.replay)] if mine.replay else None),
+        **_named("replay_over_torch", ratio(mine.replay, base.replay) if mine.replay and base.replay else None),
         **(dict.fromkeys(counts.Counts._fields, "") if seen is None else seen._asdict()),
         "peak_bytes": peak,
         **{f"error_{what.replace(' ', '_')}": f"{error:.1e}" for what, error in errors[name].items()},
-        "repeats": len(taken[name]),
+        "repeats": len(mine.eager),
     }
+
+
+def _named(what: str, values: Sequence[float] | None) -> dict[str, Any]:
+    """The columns of quartiles; empty where there are none."""
+    told = [""] * 3 if values is None else [round(value, 3) for value in values]
+    return {f"{what}_{part}": value for part, value in zip(Quartiles._fields, told, strict=True)}
 
 
 def shown(measured: Sequence[Row]) -> str:
     """Ratios of medians, between quartiles."""
     lines: list[Sequence[object]] = [
-        ("images", "precision", "layout", "variant", "ms a step", "over torch", "over torch-sync", "launches", "waits")
+        (
+            *("images", "precision", "layout", "variant", "ms a step", "over torch", "over torch-sync", "launches", "waits"),
+            *("ms as a graph", "over torch's"),
+        )
     ]
     for row in measured:
         cells = [row[name] for name in ("images", "precision", "layout", "variant")]
         cells.append(f"{row['milliseconds_median']:.2f}")
-        for over in ("over_torch", "over_torch_sync"):
-            low, middle, high = (row[f"{over}_{part}"] for part in Quartiles._fields)
-            cells.append("-" if middle == "" else f"{middle:.3f} ({low:.3f} to {high:.3f})")
-        lines.append((*cells, row["launches"], row["host_synchronizations"]))
+        cells += [_between(row, "over_torch"), _between(row, "over_torch_sync"), row["launches"], row["host_synchronizations"]]
+        replayed = row["replay_milliseconds_median"]
+        lines.append((*cells, "-" if replayed == "" else f"{replayed:.2f}", _between(row, "replay_over_torch")))
     return table(lines)
+
+
+def _between(row: Row, what: str) -> str:
+    low, middle, high = (row[f"{what}_{part}"] for part in Quartiles._fields)
+    return "-" if middle == "" else f"{middle:.3f} ({low:.3f} to {high:.3f})"
