@@ -1,6 +1,7 @@
 """Every implementation of the compute seam, and the equations, against the oracle: all ranks in one process."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import batches
@@ -180,14 +181,18 @@ def check_bits_of_the_relu(kernels, shape, dtype, layout, fused, device="cpu"):
 
 @real_kernel
 @pytest.mark.parametrize("added", [False, True])
-def test_what_is_no_number_passes_a_relu_as_in_torch(kernels, added):
-    x = torch.randn(40, 3)
-    x[7, 1] = float("nan")
-    affine = Affine(None, None, 1e-5, True, torch.zeros(40, 3) if added else None)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
+def test_what_is_no_number_passes_a_relu_as_in_torch(kernels, dtype, sign, added):
+    x = torch.randn(40, 3).to(dtype)
+    x[7, 1] = math.copysign(float("nan"), sign)
+    affine = Affine(None, None, 1e-5, True, torch.zeros(40, 3, dtype=dtype) if added else None)
     y, saved = kernels.normalize(x, kernels.moments(x), affine, None)
     assert y[:, 1].isnan().all()
     assert y[:, ::2].isfinite().all()
-    assert kernels.gradient_sums(torch.ones(40, 3), x, saved).message[1].item() == 40
+    assert (y[:, ::2] >= 0).all()
+    assert not y[:, ::2].signbit().any(), "zeros are positive"
+    assert kernels.gradient_sums(torch.ones(40, 3, dtype=dtype), x, saved).message[1].item() == 40
 
 
 @every_kernel

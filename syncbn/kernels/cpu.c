@@ -47,6 +47,7 @@ typedef struct {
 enum { MOMENTS, NORMALIZE, RELU, ADD_RELU, SUMS, SUMS_BY_X, SUMS_BY_Y, GRADIENT, GRADIENT_BY_X };
 #define IS_SUM(pass) ((pass) == MOMENTS || ((pass) >= SUMS && (pass) <= SUMS_BY_Y))
 #define INPUTS(pass) ((pass) < ADD_RELU ? 1 : (pass) == SUMS_BY_Y ? 3 : 2)
+#define IS_RELU(pass) ((pass) == RELU || (pass) == ADD_RELU)
 #define BY_X(pass) ((pass) == SUMS_BY_X || (pass) == GRADIENT_BY_X)
 typedef struct {
     const Call *call;
@@ -59,8 +60,8 @@ typedef struct {
 /* ---- elements ---- */
 typedef union { float value; uint32_t bits; } Float;
 INLINE uint16_t to_bfloat(float value) {
-    const uint32_t bits = (Float){.value = value}.bits, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000u ? 0x7fc0 : rounded);
+    const uint32_t bits = (Float){.value = value}.bits, rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)((value != value ? 0x7fc00000u : rounded) >> 16); /* chosen before it is packed, or both would be */
 }
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -136,7 +137,11 @@ INLINE double on(Line l, double x, int type) {
 INLINE double factor(Place p, int64_t at, Channel its, int type, int pass) {
     const double x = load(p.in[0], at, type), other = INPUTS(pass) > 1 ? load(p.in[1], at, type) : x;
     const double y = pass == SUMS_BY_Y ? load(p.in[2], at, type) : BY_X(pass) ? on(its.before, x, type) : 0;
-    const double value = (BY_X(pass) || pass == SUMS_BY_Y) && (type == FLOAT64 ? y <= 0 : (float)y <= p.least) ? 0 : other;
+    const int by_y = BY_X(pass) || pass == SUMS_BY_Y;
+    double value = other;
+    if (by_y && type == FLOAT64) value = y <= 0 ? 0 : other;
+    else if (by_y) /* by its bits: chosen as a value it would be loaded after the comparison */
+        value = (Float){.bits = (Float){.value = (float)other}.bits & ((float)y <= p.least ? 0 : ~0u)}.value;
     if (pass == SUMS_BY_Y) store(p.out, at, type, value);
     return value;
 }
@@ -145,7 +150,13 @@ INLINE double result(Place p, int64_t at, Channel its, int type, int pass) {
     const double more = factor(p, at, its, type, pass);
     double value = on(its.line, load(p.in[0], at, type), type);
     if (INPUTS(pass) > 1) value = type == FLOAT64 ? value + more * its.gain : (float)value + (float)more * (float)its.gain;
-    return (pass == RELU || pass == ADD_RELU) && (type == FLOAT64 ? value : (float)value) <= 0 ? 0 : value;
+    return IS_RELU(pass) && type != BFLOAT16 && (type == FLOAT64 ? value : (float)value) <= 0 ? 0 : value;
+}
+/* Stored. Of bfloat16 the ReLU is here: the bits as a number have the value's sign, and those of NaN are positive. */
+INLINE void put(Place p, int64_t at, int type, int pass, double value) {
+    if (type != BFLOAT16 || !IS_RELU(pass)) { store(p.out, at, type, value); return; }
+    const int16_t bits = (int16_t)to_bfloat((float)value);
+    ((int16_t *)p.out)[at] = bits < 0 ? 0 : bits;
 }
 /* Σx and Σx², or Σdy and Σdy·x, of a plane of channel i from element `at` on. */
 INLINE void sum_plane(Place p, int64_t at, int64_t i, int64_t n, int type, int pass) {
@@ -201,7 +212,7 @@ INLINE void apply(Place p, int64_t at, int rows, int64_t i, int64_t n, int plane
         const Channel its = planes ? one : channel(p, j, type, pass);
 #pragma GCC unroll 4
         for (int64_t row = 0, here = at + j; row < rows; row++, here += p.stride)
-            store(p.out, here, type, result(p, here, its, type, pass));
+            put(p, here, type, pass, result(p, here, its, type, pass));
     }
 }
 /* The same of one row, of n / 8 · 8 values, past the caches. */
@@ -292,8 +303,8 @@ DEFINE(run_512)
 #endif
 static void run_part(const Work *work, int64_t part) {
     const int64_t dtype = work->call->dtype, which = (dtype == FLOAT16 ? 1 : dtype - 1) * (GRADIENT_BY_X + 1) + work->pass;
-    /* written slowly by 512 bits where memory is not in a cache, unless there is much to compute */
-    const int by_256 = !work->sums && (work->call->s != 1 || work->pass != GRADIENT_BY_X);
+    /* floats are written slowly by 512 bits where memory is not in a cache, unless there is much to compute */
+    const int by_256 = !work->sums && dtype > BFLOAT16 && (work->call->s != 1 || work->pass != GRADIENT_BY_X);
     if (!by_256 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")) run_512[which](work, part);
     else if (HAS("avx2") && HAS("fma")) run_256[which](work, part);
     else run_128[which](work, part);
