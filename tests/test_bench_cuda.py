@@ -303,7 +303,38 @@ def test_layers_in_a_row_are_one_step_and_a_layer_is_a_part_of_it():
     with mock.patch.object(torch.Tensor, "copy_", mock.Mock()) as copied:
         layer_step.copies(x, 8).both()
     assert copied.call_count == 16
-    assert layer_step.captured(moved.both, moved.clear, CPU) is None
+    assert layer_step.captured("copy", moved.both, moved.clear, CPU) is None
+
+
+def test_what_is_not_captured_is_named_and_leaves_nothing(monkeypatch, capsys):
+    """A stand-in for the graphs of a GPU, the second of which fails."""
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def graph(of):
+        yield
+        if done.count("run") > layer_step.WARM_UP + 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    run, clear = (functools.partial(done.append, name) for name in ("run", "clear"))
+    assert layer_step.captured("one", run, clear, torch.device("cuda")) is torch.cuda.CUDAGraph.return_value.replay
+    assert done == ["run", "clear"] * (layer_step.WARM_UP + 1)
+    assert capsys.readouterr().err == ""
+    assert layer_step.captured("other", run, clear, torch.device("cuda")) is None
+    assert done == ["run", "clear"] * 2 * (layer_step.WARM_UP + 1)
+    assert capsys.readouterr().err == (
+        "syncbn bench: other is not captured as a graph: operation not permitted when stream is capturing\n"
+    )
+
+
+def test_several_layers_are_compiled_as_one(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(module) or module)
+    layer_step.step_of("torch-inductor", nn.BatchNorm1d(4), torch.randn(16, 4), torch.ones(16, 4), 8)
+    assert [len(module) for module in compiled] == [8]
 
 
 def test_a_case_that_is_wrong_has_no_rows_and_the_others_have(operators, tmp_path, capsys):
@@ -486,7 +517,7 @@ def test_a_network_that_waits_is_not_captured(operators, brief, tmp_path, monkey
     """The others' replays are columns of their own, beside torch's."""
     captured, replayed = [], []
 
-    def stand_in(run, clear, device):
+    def stand_in(name, run, clear, device):
         number = len(captured)
         captured.append(run)
         return lambda: replayed.append(number) or 0.01 * (1 + number)
@@ -501,7 +532,7 @@ def test_a_network_that_waits_is_not_captured(operators, brief, tmp_path, monkey
     assert main(["bench", *NETWORK.split(), "--results", str(tmp_path)]) == 0
     found = {row["variant"]: row for row in read(tmp_path / "resnet50.csv")}
     assert len(captured) == len(found) - 1
-    assert sorted(replayed) == sorted([*range(len(captured))] * 2), "twice each, as --repeats has it"
+    assert sorted(replayed) == sorted([*range(len(captured))] * 3), "twice each, as --repeats has it, and once before"
     assert found["torch-sync"]["replay_milliseconds_median"] == ""
     assert float(found["torch"]["replay_over_torch_median"]) == 1
     assert float(found["torch"]["replay_milliseconds_median"]) == 10

@@ -125,7 +125,7 @@ def examined(name: str, step: Step, chain: Step, errors: dict[str, float], devic
         seen, backend = counts.of(step.both, device)
         step.clear()
         waits = seen is not None and seen.host_synchronizations > 0
-        replay = captured(chain.both, chain.clear, device) if with_graph and not waits else None
+        replay = captured(name, chain.both, chain.clear, device) if with_graph and not waits else None
     return Variant(step, chain, replay, errors, peak, seen, backend)
 
 

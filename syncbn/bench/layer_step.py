@@ -10,6 +10,7 @@ Requirements
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class Step(NamedTuple):
 
 def step_of(name: str, layer: nn.Module, x: Tensor, dy: Tensor, depth: int = 1) -> Step:
     """Of as many layers of a peer, each with the state of `layer`, on a leaf of their own."""
-    made, leaf = nn.Sequential(*(peers.make(name, copy.deepcopy(layer)) for _ in range(depth))), x.detach().requires_grad_()
+    made, leaf = peers.make(name, *(copy.deepcopy(layer) for _ in range(depth))), x.detach().requires_grad_()
     held: list[Tensor] = []
 
     def clear() -> None:
@@ -64,8 +65,10 @@ def copies(x: Tensor, depth: int = 1) -> Step:
     return Step(functools.partial(repeated, runs[0]), functools.partial(repeated, runs[1]), lambda: None)
 
 
-def captured(run: Callable[[], object], clear: Callable[[], object], device: torch.device) -> Callable[[], None] | None:
-    """The replay of what `run` does as a graph; None on a CPU, and where it cannot be captured. `clear` goes between runs."""
+def captured(
+    name: str, run: Callable[[], object], clear: Callable[[], object], device: torch.device
+) -> Callable[[], None] | None:
+    """The replay of what a variant's `run` does as a graph, `clear` between runs; None on a CPU, and, said, where it fails."""
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)
@@ -79,7 +82,8 @@ def captured(run: Callable[[], object], clear: Callable[[], object], device: tor
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # whatever it was that a capture does not allow
+    except RuntimeError as error:  # whatever it was that a capture does not allow
+        print(f"syncbn bench: {name} is not captured as a graph: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
     finally:
         clear()

@@ -191,10 +191,10 @@ def outputs_of(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.
         return agreement.outputs(make(name, layer), x, dy)
 
 
-def make(name: str, layer: nn.Module) -> nn.Module:
-    """The layer of a peer, with the state of `layer`."""
+def make(name: str, *layers: nn.Module) -> nn.Module:
+    """The layer of a peer, with the state of `layer`; of several all in a row, which a compiler is given as a whole."""
     peer = PEERS[name]
-    made = peer.make(layer)
+    made = peer.make(layers[0]) if len(layers) == 1 else nn.Sequential(*map(peer.make, layers))
     if not peer.compiled:
         return made
     compiled: Any = torch.compile(made, fullgraph=True, dynamic=False)

@@ -26,7 +26,7 @@ from ..doctor.latency import timed
 from . import counts, memory, peers, rows, sync_operators
 from .agreement import DisagreementError
 from .fake_world import RANKS, fake_world
-from .layer_step import captured
+from .layer_step import WARM_UP, captured
 from .network import replace, resnet50
 from .peers import TORCH, TORCH_SYNC, runnable
 from .rows import Row
@@ -36,7 +36,6 @@ from .timing import Quartiles, order, quartiles, ratio
 
 VARIANTS = (TORCH_SYNC, "torch-sync-unmasked", "syncbn", "syncbn-aten")
 ALLOWED = {"gradients": 1e-2, "running statistics": 1e-5}  # relative, in the norm of all, where torch's own error is less
-WARM_UP = 3
 MAKERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     TORCH: lambda model: model,
     TORCH_SYNC: lambda model: replace(model, sync_operators.TorchSync),
@@ -153,15 +152,18 @@ def measure(
                 found = seen[setting, one.name]
                 peak = memory.peak(one.run, device)
                 waits = found is not None and found.host_synchronizations > 0
-                watched[one.name] = Watched(peak, found, None if waits else captured(one.run, lambda: None, device))
-        for repeat in range(repeats):
+                replay = None if waits else captured(one.name, one.run, one.model.zero_grad, device)
+                watched[one.name] = Watched(peak, found, replay)
+        for repeat in range(-1, repeats):
             for number in order([str(number) for number in range(len(made))], repeat):
                 one = made[int(number)]
                 replay = watched[one.name].replay
                 with peers.using(one.name):
-                    taken[one.name].eager.append(timed(one.run, device)[0])
-                    if replay is not None:
-                        taken[one.name].replay.append(timed(replay, device)[0])
+                    eager = timed(one.run, device)[0]
+                    replayed = None if replay is None else timed(replay, device)[0]
+                if repeat >= 0:
+                    taken[one.name].eager.append(eager)
+                    taken[one.name].replay.extend(() if replayed is None else (replayed,))
     network = f"ResNet-50, width {width}, {size}×{size}"
     common = {"network": network, "images": images, **setting._asdict(), "device": device.type, "ranks": RANKS}
     return [{"variant": one.name} | common | _columns(one.name, taken, watched, errors) for one in made]

@@ -14,7 +14,7 @@ CHANNELS = 8  # of a tile of planes, if they are long enough
 SHORT = 128  # values of a plane, at most
 TILES = 256  # of a program, at most: what a lane adds in float32
 TEAM = 16  # splits whose sums one program adds without a team
-WIDE = 2**31 - 2**26  # values that offsets of 32 bits reach, those of a program's next tiles, past the end, included
+WIDE = 2**31 - 2**26  # values of which 32 bits reach the positions, those of a program's next tiles, past the end, included
 
 
 class Share(NamedTuple):
@@ -26,15 +26,17 @@ class Share(NamedTuple):
 
 
 def shares(s: int, itemsize: int) -> tuple[Share, Share]:
-    """Of what adds and of what does not: as many programs as the multiprocessors of an H100 or H200 hold at once.
+    """Of what adds and of what does not: no more programs than the multiprocessors of an H100 or H200 hold at once.
 
     One wave of programs: a second one would start when the first ends, and take as long to its first value and from its last.
     What programs of sums leave for the last one is less if there are few of them, and each has few channels; but short planes,
-    of which a thread loads one value at a time, want many threads.
+    of which a thread loads one value at a time, want many threads, and registers for few channels.
     """
     if s == 1:
         return Share(1024, 64, 528), Share(4096 // itemsize, 128, 924)
-    return Share(1024, 0, 924) if s <= SHORT else Share(2048, 0, 528), Share(4096 // itemsize, 0, 924)
+    if s <= SHORT:
+        return Share(1024, 0, 924), Share(1024, 0, 924)
+    return Share(2048, 0, 528), Share(4096 // itemsize, 0, 924)
 
 
 class Tiles(NamedTuple):

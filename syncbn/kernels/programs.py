@@ -37,7 +37,7 @@ def moments(
     pivot = once(pivot_of(x, channel, n, c, s, IS_ROWS, IS_WIDE))
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for t in tl.range(part, tiles, splits, num_stages=6 if IS_ROWS else 4):  # five tiles, or three, are on their way
+    for t in tl.range(part, tiles, splits, num_stages=6 if IS_ROWS else 4):  # five or three on their way, if loads are wide
         offset, valid = tile(t, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         value = tl.load(x + offset, mask=valid, other=0.0)
         centered = tl.where(valid, value.to(tl.float32) - pivot[None, :], 0.0)

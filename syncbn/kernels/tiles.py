@@ -43,7 +43,10 @@ def tile(
     IS_WIDE: tl.constexpr,  # offsets are of 64 bits
     BLOCK_P: tl.constexpr,
 ):
-    """Offsets and mask (BLOCK_P, BLOCK_C) of a tile; past the last one nothing is valid."""
+    """Offsets and mask (BLOCK_P, BLOCK_C) of a tile; past the last one nothing is valid.
+
+    Before the first one, of which loops that go back ask ahead, the mask is not to be trusted: loads ahead have the loop's own.
+    """
     lane = tl.arange(0, BLOCK_P)
     if IS_WIDE:
         channel, lane = channel.to(tl.int64), lane.to(tl.int64)
