@@ -80,12 +80,13 @@ def test_some_experiments_are_for_one_process(monkeypatch, capsys):
     assert "given 2 ranks for noise; expected one: only growth and shift run data parallel" in capsys.readouterr().err
 
 
-def test_a_number_of_ranks_that_is_none(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "two")
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+def test_a_variable_of_torchrun_that_is_no_number(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "two")
     with pytest.raises(SystemExit) as exit_:
         main(["analyze", "growth"])
     assert exit_.value.code == 2
-    assert "given WORLD_SIZE='two' in the environment; expected a whole number" in capsys.readouterr().err
+    assert f"given {variable}='two' in the environment; expected a whole number" in capsys.readouterr().err
 
 
 def test_ranks_share_a_batch_of_64(monkeypatch, capsys):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import collectives
+from .. import collectives, environment
 
 NAMES = ("noise", "shift", "growth", "smoothness", "gdnp")
 PARALLEL = ("growth", "shift")
@@ -67,10 +67,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Check the options, join the job if there is one, and run; the exit status."""
     if options.model is not None and options.what != "growth":
         parser.error(f"given --model with {options.what}; expected growth")
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal():
-        parser.error(f"given WORLD_SIZE={given!r} in the environment; expected a whole number, as torchrun gives")
-    ranks = int(given)
+    problem = environment.problem()
+    if problem is not None:
+        parser.error(problem)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and options.what not in PARALLEL:
         parser.error(f"given {ranks} ranks for {options.what}; expected one: only {' and '.join(PARALLEL)} run data parallel")
     if ranks > 1 and options.model is None and BATCH % ranks:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .. import environment
+
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `doctor` and its options to the command line."""
@@ -53,7 +55,7 @@ def _positive(kind: type) -> Any:
 
 def run(options: argparse.Namespace) -> int:
     """Join the job, examine it, leave it; the exit status."""
-    problem = next(filter(None, map(_problem_of, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))), None)
+    problem = environment.problem()
     if problem is not None:
         say(problem)
         return 1
@@ -139,14 +141,6 @@ def examine(options: argparse.Namespace, device: torch.device) -> int:
     if rank == 0:
         print("everything holds" if not bad else f"{bad} finding{'s' * (bad > 1)} to see to, marked BAD", flush=True)
     return 1 if bad else 0
-
-
-def _problem_of(variable: str) -> str | None:
-    """What is wrong with a number that torchrun puts into the environment."""
-    text = os.environ.get(variable, "0")
-    if text.isdecimal():
-        return None
-    return f"given {variable}={text!r} in the environment; expected a whole number, as torchrun gives"
 
 
 def say(message: str) -> None:
