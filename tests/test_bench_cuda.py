@@ -297,7 +297,7 @@ def test_layers_in_a_row_are_one_step_and_a_layer_is_a_part_of_it():
     step = step._replace(clear=mock.Mock(wraps=step.clear))
     with mock.patch.object(layer_step, "timed", timed):
         taken = layer_step.in_a_row({"torch": step}, {"torch": lambda: None}, 3, CPU)
-    assert taken == {"torch": layer_step.InARow([1.0] * 3, [1.0] * 3)}
+    assert taken == {"torch": layer_step.Clocked([1.0] * 3, [1.0] * 3)}
     assert step.clear.call_count == 4, "after each, the one that warms up included"
     moved = layer_step.copies(x, 8)
     with mock.patch.object(torch.Tensor, "copy_", mock.Mock()) as copied:

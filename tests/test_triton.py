@@ -334,6 +334,7 @@ def test_how_a_tensor_is_shared_out(shape, contiguous_channels):
         if not cut.IS_WIDE:
             ahead = 5 * splits  # tiles whose positions a program has before it is there, past its last one too
             assert positions + (1 + ahead) * cut.BLOCK_P < 2**31
+            assert tiles + ahead < 2**31
 
 
 def what_triton_looks_at(parameter, value):
@@ -480,6 +481,15 @@ def test_what_it_compiles_is_launched_as_triton_would(hooked, monkeypatch):
     assert by_us[9:] == by_triton[9:] == (*addresses, *plan.numbers, False, *plan.cut)
     assert by_us[7:9] == (by_triton[7:9] if hooked else (None, None))
     assert (by_us[6] is None) == (hooked is None), "the metadata are for hooks"
+
+
+@not_interpreted
+def test_the_trial_of_a_gpu_compiles_and_launches_as_training_does(compiled, monkeypatch):
+    """Triton itself launches what it compiles; what comes after that is ours to try as well."""
+    assert in_triton().problem("cpu") is None
+    monkeypatch.setattr(in_triton(), "_launchers", {})
+    monkeypatch.setattr(Program, "launch", mock.Mock(side_effect=TypeError("other arguments")))
+    assert in_triton().problem("cpu").startswith("TypeError: other arguments;")
 
 
 SIZES = {"n": "i32", "c": "i32", "s": "i32", "tiles": "i32", "splits": "i32"}

@@ -25,7 +25,7 @@ from .cases import Case, chosen
 from .device_time import clock
 from .fake_world import RANKS, fake_world
 from .layer_cuda_summary import SMALL, summary
-from .layer_step import DEPTH, WARM_UP, InARow, Step, Taken, captured, copies, in_a_row, interleaved, step_of, using
+from .layer_step import DEPTH, WARM_UP, Clocked, Step, Taken, captured, copies, in_a_row, interleaved, step_of, using
 from .peers import PEERS, TORCH, TORCH_SYNC, outputs_of, runnable
 from .rows import Row
 from .timing import Quartiles, microseconds, quartiles, ratio
@@ -134,7 +134,7 @@ def _row(
     name: str,
     found: dict[str, Variant],
     taken: dict[str, Taken],
-    chained: dict[str, InARow],
+    chained: dict[str, Clocked],
     bytes_of_x: int,
     device: torch.device,
 ) -> Row:
@@ -169,7 +169,7 @@ def _row(
     }
 
 
-def _chained(mine: InARow, base: InARow, over_sync: InARow | None) -> dict[str, Any]:
+def _chained(mine: Clocked, base: Clocked, over_sync: Clocked | None) -> dict[str, Any]:
     """The columns of layers in a row."""
     return {
         **_times("chain", mine.eager),

@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 KEYS = ("variant", "dtype", "layout")
 TARGETS = {"forward": 0.85, "backward": 0.75}  # of the bandwidth of a copy
 LARGE = 25_000_000  # bytes of a tensor: below, latency decides, not bandwidth
-SMALL = 10_000_000
+SMALL = 10_000_000  # below, a row of layers is measured as a graph too
 # How many times as fast as torch-sync, and for which tensors.
 FASTER = {f"under {SMALL / 1e6:g} MB": (0, SMALL, 3.0), "of 50 MB and more": (50_000_000, float("inf"), 1.5)}
 CLOCKS = {

@@ -108,8 +108,8 @@ class Taken(NamedTuple):
         return round(sum(self.ahead) / len(self.ahead), 2)
 
 
-class InARow(NamedTuple):
-    """Seconds of a layer of several by the clock, one for each repetition."""
+class Clocked(NamedTuple):
+    """Seconds by the clock, one for each repetition."""
 
     eager: list[float]
     replay: list[float]  # as a graph; none where there is none
@@ -139,9 +139,9 @@ def interleaved(steps: Mapping[str, Step], repeats: int, device: torch.device, d
 
 def in_a_row(
     steps: Mapping[str, Step], replays: Mapping[str, Callable[[], None] | None], repeats: int, device: torch.device
-) -> dict[str, InARow]:
-    """Rows of layers in turn, as `interleaved` takes single ones."""
-    taken = {name: InARow([], []) for name in steps}
+) -> dict[str, Clocked]:
+    """What a layer of several in a row takes, as `interleaved` has it of single ones."""
+    taken = {name: Clocked([], []) for name in steps}
     for repeat in range(-1, repeats):
         for name in order(list(steps), repeat):
             chain, replay = steps[name], replays[name]

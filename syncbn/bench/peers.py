@@ -192,7 +192,7 @@ def outputs_of(name: str, x: Tensor, dy: Tensor, layer: nn.Module) -> agreement.
 
 
 def make(name: str, *layers: nn.Module) -> nn.Module:
-    """The layer of a peer, with the state of `layer`; of several all in a row, which a compiler is given as a whole."""
+    """The layer of a peer, with the state of torch's that is given; of several, a row, which a compiler is given as a whole."""
     peer = PEERS[name]
     made = peer.make(layers[0]) if len(layers) == 1 else nn.Sequential(*map(peer.make, layers))
     if not peer.compiled:

@@ -26,7 +26,7 @@ from ..doctor.latency import timed
 from . import counts, memory, peers, rows, sync_operators
 from .agreement import DisagreementError
 from .fake_world import RANKS, fake_world
-from .layer_step import WARM_UP, captured
+from .layer_step import WARM_UP, Clocked, captured
 from .network import replace, resnet50
 from .peers import TORCH, TORCH_SYNC, runnable
 from .rows import Row
@@ -75,13 +75,6 @@ class Watched(NamedTuple):
     peak: int  # bytes
     counts: counts.Counts | None
     replay: Callable[[], None] | None
-
-
-class Taken(NamedTuple):
-    """Seconds, one for each repetition."""
-
-    eager: list[float]
-    replay: list[float]  # none where there is no graph
 
 
 class Training(NamedTuple):
@@ -141,7 +134,7 @@ def measure(
     made = [training(name, initial, setting, x, target) for name in names]
     with fake_world(1):
         errors = checked(made, initial, x, target)
-    watched, taken = {}, {one.name: Taken([], []) for one in made}
+    watched, taken = {}, {one.name: Clocked([], []) for one in made}
     with fake_world(RANKS):
         for one in made:
             with peers.using(one.name):
@@ -212,7 +205,7 @@ def checked(made: Sequence[Training], initial: nn.Module, x: Tensor, target: Ten
 
 def _columns(
     name: str,
-    taken: Mapping[str, Taken],
+    taken: Mapping[str, Clocked],
     watched: Mapping[str, Watched],
     errors: Mapping[str, Mapping[str, float]],
 ) -> Row:
@@ -238,7 +231,7 @@ def _named(what: str, values: Sequence[float] | None) -> dict[str, Any]:
 
 
 def shown(measured: Sequence[Row]) -> str:
-    """Ratios of medians, between quartiles."""
+    """Medians; of ratios, between their quartiles."""
     lines: list[Sequence[object]] = [
         (
             *("images", "precision", "layout", "variant", "ms a step", "over torch", "over torch-sync", "launches", "waits"),

@@ -85,7 +85,7 @@ class Plans(NamedTuple):
 
 
 def planned(n: int, c: int, s: int, itemsize: int, share: Share) -> Plan:
-    """Of a tensor (N, C, S) in memory, with a value."""
+    """Of a tensor (N, C, S) in memory; of one without a value N is 0 and S is 1."""
     cut = tiling(c, s, itemsize, n * c * s >= WIDE, share)
     blocks = -(-c // cut.BLOCK_C)
     tiles = -(-n // cut.BLOCK_P) if cut.IS_ROWS else n * -(-s // cut.BLOCK_P)

@@ -39,8 +39,8 @@ def problem(device: str) -> str | None:
     if torch.version.hip is not None:
         return "they were never run on an AMD GPU"
     try:
+        x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)  # which older GPUs lack
         for _ in range(2):  # what Triton compiles it launches itself, from then on we do
-            x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)  # which older GPUs lack
             normalize(x, moments(x), Affine(None, None, 1.0), None)
     except torch.OutOfMemoryError:  # no fault of the kernels
         raise
