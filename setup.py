@@ -2,8 +2,11 @@
 
 from setuptools import Extension, setup
 
-FLAGS = ["-O3", "-g0", "-std=gnu11", "-fwrapv", "-fopenmp-simd", "-Wall", "-Wextra"]
+FLAGS = ["-O3", "-g0", "-std=gnu11", "-fwrapv", "-fopenmp-simd", "-Wall", "-Wextra", "-Wno-pass-failed"]
 # Sums may be taken in any order, so that loops of sums are vectorised; NaN and infinity stay, the sign of a zero may not.
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+FOLDER = "syncbn/kernels"
+SOURCES = [f"{FOLDER}/{name}.c" for name in ("cpu", "cpu_128", "cpu_256", "cpu_512")]
+HEADERS = [f"{FOLDER}/{name}.h" for name in ("cpu", "cpu_half", "cpu_loops")]
 
-setup(ext_modules=[Extension("syncbn.kernels._cpu", ["syncbn/kernels/cpu.c"], extra_compile_args=FLAGS, optional=True)])
+setup(ext_modules=[Extension("syncbn.kernels._cpu", SOURCES, depends=HEADERS, extra_compile_args=FLAGS, optional=True)])

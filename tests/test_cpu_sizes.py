@@ -1,4 +1,4 @@
-"""The compiled kernels' values where size decides how they loop: results past the caches, rows by pages, halves by blocks."""
+"""The compiled kernels' values where size decides how they loop: results past the caches, rows by pages, halves by strips."""
 
 import oracle
 import pytest
@@ -55,3 +55,57 @@ def test_values(shape, layout, dtype, form):
     tolerance.check("running_var", running.var, expected.running_var, ratio=2)
     if expected.dresidual is not None:
         tolerance.check("dresidual", sums.dy, expected.dresidual[0], ratio=2)
+
+
+@pytest.fixture(params=[512, 256, 128], ids="{} bits".format)
+def bits(request):
+    cpu.library.syncbn_use_bits(request.param)
+    yield request.param
+    cpu.library.syncbn_use_bits(512)
+
+
+@pytest.mark.parametrize("form", ["batch norm", "relu", "add relu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_instruction_set_has_the_values_of_rows_and_planes_of_any_length(bits, dtype, form):
+    """Strips, what is left over of them, and strips that begin in the one before."""
+    if dtype not in cpu.DTYPES or (dtype == torch.float16 and bits == 128):
+        pytest.skip(f"no {dtype} there")
+    torch.manual_seed(0)
+    for length in (1, 2, 15, 16, 17, 18, 19, 31, 32, 33, 35, 64, 67):
+        for shape in ((45, length), (24, 3, length)):  # as many that dx is no small difference
+            x, dy, residual = ((torch.randn(shape) * 2).to(dtype) for _ in range(3))
+            added = residual if form == "add relu" else None
+            weight, bias = torch.randn(2, shape[1]).unbind()
+            y, saved = cpu.normalize(x, cpu.moments(x), Affine(weight, bias, 1e-3, form != "batch norm", added), None)
+            passed = dy if form == "batch norm" else torch.where(y > 0, dy, 0)
+            sums = cpu.gradient_sums(dy, x, saved)
+            dx = cpu.input_gradient(dy if sums.dy is None else sums.dy, x, saved, sums.message)
+
+            var, mean = torch.var_mean(x.double().transpose(0, 1).flatten(1), 1, correction=0)
+            ratio = float((mean.abs() / (var + 1e-3).sqrt()).max())
+            expected = oracle.batch_norm([x], [passed], weight, bias, eps=1e-3)
+            values = expected.y[0] if added is None else expected.y[0] + added.double()
+            tolerance.check("y", y, values if form == "batch norm" else values.relu(), ratio=ratio)
+            tolerance.check("dx", dx, expected.dx[0], ratio=ratio)
+            tolerance.check("weight", sums.weight, expected.dweight[0], ratio=ratio)
+            tolerance.check("bias", sums.bias, expected.dbias[0], ratio=ratio)
+            assert sums.dy is None or torch.equal(sums.dy, passed), shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_instruction_set_rounds_halves_alike(bits, dtype):
+    """Ties, overflow, subnormal results, infinity; NaN, also of a ReLU; whole strips and what is left over of them."""
+    if dtype not in cpu.DTYPES or (dtype == torch.float16 and bits == 128):
+        pytest.skip(f"no {dtype} there")
+    halves = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+    for shape in ((65536, 1), (2048, 32), (1, 1, 65536), (8192, 1, 8)):
+        x, channels = halves.reshape(shape), shape[1]
+        message = torch.tensor([0.0] * channels + [1.0] * (channels + 1), dtype=torch.float64)  # mean 0, variance 1
+        for factor in (1.0, 1.0009765625, 1 / 3, 2.0**-9, 1000.0):
+            for relu in (False, True):
+                weight = torch.full((channels,), factor, dtype=torch.float64)
+                y, _ = cpu.normalize(x, message, Affine(weight, None, 0.0, relu), None)
+                expected = (x.double() * factor).to(dtype)
+                expected = torch.where(expected < 0, 0, expected) if relu else expected
+                same = (y == expected) | (y.isnan() & expected.isnan())
+                assert same.all(), (x[~same][:5], y[~same][:5], expected[~same][:5])
