@@ -97,9 +97,10 @@ class SyncBatchNormPlugin(_LayerSync):
 class SyncBatchNormCallback(_Callback):
     """The same layer swap for every strategy: `Trainer(callbacks=[SyncBatchNormCallback()])`.
 
-    Converts when fit starts: configure_model has made its layers then, and the strategy has wrapped the model, which a change
-    of class leaves alone. Reverts at the end of fit and after an exception. Strategies that shard or compile layers by
-    themselves when they set up may want `syncbn.convert` in configure_model instead.
+    Converts when fit sets up, before callbacks that train on their own, such as LearningRateFinder; and once more when it
+    starts: setup and configure_model have made their layers then, and the strategy has wrapped the model, which a change of
+    class leaves alone. Reverts at the end of fit and after an exception. Strategies that shard or compile layers by themselves
+    when they set up may want `syncbn.convert` in configure_model instead, if layers are made there.
     """
 
     def __init__(self, process_group: GroupLike = None, group_size: int | None = None) -> None:
@@ -114,9 +115,12 @@ class SyncBatchNormCallback(_Callback):
         self._swap = _Swap(process_group, group_size)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Nothing but the check that no plugin converts too."""
+        """Convert what there is, if no plugin converts too."""
+        if stage != "fit":
+            return
         plugin = getattr(trainer._accelerator_connector, "_layer_sync", None)
-        if stage != "fit" or plugin is None:
+        if plugin is None:
+            self._swap.apply(pl_module)
             return
         ours, called = isinstance(plugin, SyncBatchNormPlugin), isinstance(trainer.strategy, _CALL_LAYER_SYNC)
         name = "SyncBatchNormPlugin" if ours else f"sync_batchnorm=True ({type(plugin).__name__})"
@@ -129,7 +133,7 @@ class SyncBatchNormCallback(_Callback):
         raise ValueError(f"given SyncBatchNormCallback and {name}, which both convert the model; expected one: {drop}")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Convert the model in place."""
+        """Convert the rest."""
         self._swap.apply(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -262,6 +262,38 @@ def test_where_the_strategy_never_calls_a_plugin_it_is_the_one_to_drop():
         alone.fit(module(NAMESPACES[0], ALONE), batches(0), batches(0))
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's of workers, torch's of what Lightning calls
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_callback_converts_before_others_train(namespace, tmp_path):
+    """LearningRateFinder searches when fit starts, before any other callback is told so."""
+    lightning = importlib.import_module(namespace)
+    classes = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.lr = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), 0.1
+
+        def setup(self, stage):
+            self.net.append(nn.BatchNorm1d(3))
+
+        def training_step(self, batch, index):
+            classes.append([type(layer).__name__ for layer in self.net])
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    finder = lightning.callbacks.LearningRateFinder(num_training_steps=3)
+    given = {"callbacks": [finder, SyncBatchNormCallback()], "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    model, found = Module(), DataLoader(torch.randn(10, 4), batch_size=5)
+    lightning.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **given, **QUIET).fit(model, found)
+    assert len(classes) > 2
+    assert all(names[1] == "SyncBatchNorm1d" for names in classes)
+    assert classes[-1][2] == "SyncBatchNorm1d"
+    assert [type(layer).__name__ for layer in model.net] == ["Linear", "BatchNorm1d", "BatchNorm1d"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: Lightning's FSDPStrategy takes no CPU")
 @pytest.mark.filterwarnings("ignore")  # Lightning's of workers, torch's of a single process, of itself and what it deprecates
 def test_fsdp_strategy_calls_the_plugin(tmp_path):
