@@ -97,10 +97,10 @@ class SyncBatchNormPlugin(_LayerSync):
 class SyncBatchNormCallback(_Callback):
     """The same layer swap for every strategy: `Trainer(callbacks=[SyncBatchNormCallback()])`.
 
-    Converts when fit sets up, before callbacks that train on their own, such as LearningRateFinder; and once more when it
-    starts: setup and configure_model have made their layers then, and the strategy has wrapped the model, which a change of
-    class leaves alone. Reverts at the end of fit and after an exception. Strategies that shard or compile layers by themselves
-    when they set up may want `syncbn.convert` in configure_model instead, if layers are made there.
+    Converts when fit starts, before any other callback does something there, such as LearningRateFinder its search: setup and
+    configure_model have made their layers then, and the strategy has wrapped the model, which a change of class leaves alone.
+    Reverts at the end of fit and after an exception. Strategies that shard or compile layers by themselves when they set up may
+    want `syncbn.convert` in configure_model instead.
     """
 
     def __init__(self, process_group: GroupLike = None, group_size: int | None = None) -> None:
@@ -115,12 +115,12 @@ class SyncBatchNormCallback(_Callback):
         self._swap = _Swap(process_group, group_size)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Convert what there is, if no plugin converts too."""
+        """Check that no plugin converts too, and be the first to be told that fit starts."""
         if stage != "fit":
             return
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
         plugin = getattr(trainer._accelerator_connector, "_layer_sync", None)
         if plugin is None:
-            self._swap.apply(pl_module)
             return
         ours, called = isinstance(plugin, SyncBatchNormPlugin), isinstance(trainer.strategy, _CALL_LAYER_SYNC)
         name = "SyncBatchNormPlugin" if ours else f"sync_batchnorm=True ({type(plugin).__name__})"
@@ -133,7 +133,7 @@ class SyncBatchNormCallback(_Callback):
         raise ValueError(f"given SyncBatchNormCallback and {name}, which both convert the model; expected one: {drop}")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Convert the rest."""
+        """Convert the model in place."""
         self._swap.apply(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -17,7 +17,7 @@ LARGE = [  # 2^22 bytes of float32 and more
     ((2, 23, 155, 155), "channels_last"),
     ((520, 2056), "contiguous"),
 ]
-ROWS = [((131, 300), "contiguous"), ((131, 1030), "contiguous"), ((3, 517, 9, 7), "channels_last")]
+ROWS = [((131, 300), "contiguous"), ((131, 1030), "contiguous"), ((9, 2067), "contiguous"), ((3, 517, 9, 7), "channels_last")]
 PLANES = [((3, 40, 7, 7), "contiguous"), ((2, 3, 50, 50), "contiguous"), ((2, 70, 4, 4), "contiguous")]
 
 
@@ -94,18 +94,27 @@ def test_every_instruction_set_has_the_values_of_rows_and_planes_of_any_length(b
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_instruction_set_rounds_halves_alike(bits, dtype):
-    """Ties, overflow, subnormal results, infinity; NaN, also of a ReLU; whole strips and what is left over of them."""
+    """Ties, overflow, subnormal results, infinity; the ReLU's zeros, its NaN, and what it lets pass on the way back.
+
+    In whole strips and in what is left over of them.
+    """
     if dtype not in cpu.DTYPES or (dtype == torch.float16 and bits == 128):
         pytest.skip(f"no {dtype} there")
     halves = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
     for shape in ((65536, 1), (2048, 32), (1, 1, 65536), (8192, 1, 8)):
         x, channels = halves.reshape(shape), shape[1]
         message = torch.tensor([0.0] * channels + [1.0] * (channels + 1), dtype=torch.float64)  # mean 0, variance 1
-        for factor in (1.0, 1.0009765625, 1 / 3, 2.0**-9, 1000.0):
+        bias = torch.full((channels,), -0.0)
+        for factor in (1.0, 1.0009765625, -1 / 3, 2.0**-9, 1000.0, 2.0**-20, 2.0**-126):
             for relu in (False, True):
                 weight = torch.full((channels,), factor, dtype=torch.float64)
-                y, _ = cpu.normalize(x, message, Affine(weight, None, 0.0, relu), None)
+                y, saved = cpu.normalize(x, message, Affine(weight, bias, 0.0, relu), None)
                 expected = (x.double() * factor).to(dtype)
                 expected = torch.where(expected < 0, 0, expected) if relu else expected
                 same = (y == expected) | (y.isnan() & expected.isnan())
                 assert same.all(), (x[~same][:5], y[~same][:5], expected[~same][:5])
+                if relu:
+                    assert not y[y == 0].signbit().any()
+                    sums = cpu.gradient_sums(torch.ones_like(x), x, saved)
+                    passed = ((y > 0) | y.isnan()).transpose(0, 1).flatten(1).sum(1)
+                    assert sums.bias.equal(passed.to(sums.bias.dtype)), factor

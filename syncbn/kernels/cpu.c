@@ -12,9 +12,17 @@
 
 #define GRAIN 14    /* a thread has 2^14 values or more */
 #define STREAMED 22 /* results of 2^22 bytes or more are written past the caches, which would read them first */
-#define HAS_256 (HAS("avx2") && HAS("fma") && HAS("f16c"))
+#define HAS_256 (HAS("avx2") && HAS("fma") && has_f16c)
 #define HAS_512 (HAS_256 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl"))
 
+static int has_f16c; /* asked of the processor, once: many a compiler's builtin does not know the name */
+#if defined(__x86_64__)
+#include <cpuid.h>
+__attribute__((constructor)) static void look_for_f16c(void) {
+    unsigned a, b, c, d;
+    has_f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
 /* The loops for float16 want its conversions. */
 int syncbn_has_float16(void) { return !!HAS_256; }
 static double get(Vector from, int64_t i, double otherwise) { return from.data ? load(from.data, i, from.dtype) : otherwise; }
@@ -28,7 +36,7 @@ static void run_part(const Work *work, int64_t part) {
     /* floats are written slowly by 512 bits where memory is not in a cache, unless there is much to compute */
     const int by_256 = !work->sums && dtype > BFLOAT16 && (work->call->s != 1 || work->pass != GRADIENT_BY_X);
     if (!by_256 && HAS_512 && most_bits >= 512) syncbn_512[dtype][work->pass](work, part);
-    else if (HAS_256 && most_bits >= 256) syncbn_256[dtype][work->pass](work, part);
+    else if (HAS_256 && (most_bits >= 256 || dtype == FLOAT16)) syncbn_256[dtype][work->pass](work, part);
     else syncbn_128[dtype][work->pass](work, part);
 }
 /* GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch has loaded; NULL: one thread. */
@@ -78,7 +86,8 @@ int syncbn_moments(const Call *call) {
     return run(call, MOMENTS, NULL);
 }
 static void move(Vector running, int64_t i, double momentum, double value) {
-    if (running.data) set(running, i, (1 - momentum) * get(running, i, 0) + momentum * value);
+    const double kept = momentum == 1 ? 0 : 1 - momentum; /* or a compiler may take m·r from r, which leaves some of it */
+    if (running.data) set(running, i, kept * get(running, i, 0) + momentum * value);
 }
 int syncbn_normalize(const Call *call) {
     const int64_t c = call->c;

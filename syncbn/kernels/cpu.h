@@ -59,10 +59,19 @@ extern Body *const syncbn_512[FLOAT64 + 1][PASSES] __attribute__((visibility("hi
 #endif
 
 typedef union { float value; uint32_t bits; } Float;
+typedef union { double value; uint64_t bits; } Double;
+/* The value, or 0 if `not`: by its bits, or gcc loads it after the comparison. */
+INLINE double unless(int not, double value, int type) {
+    if (type == FLOAT64) return (Double){.bits = (Double){.value = value}.bits & (not ? 0 : ~(uint64_t)0)}.value;
+    return (Float){.bits = (Float){.value = (float)value}.bits & (not ? 0 : ~0u)}.value;
+}
 INLINE uint16_t to_bfloat(float value) {
     const uint32_t bits = (Float){.value = value}.bits, rounded = bits + 0x7fff + (bits >> 16 & 1);
     return (uint16_t)((value != value ? 0x7fc00000u : rounded) >> 16); /* chosen before it is packed, or both would be */
 }
+/* Half precision, with 0 for what is below it: by the bits, since of floats clang makes a maximum, whose zero can be negative. */
+#define NEGATIVES(type) ((type) == FLOAT16 ? 0x7c00 : 0x7f80) /* from 0x8000 on as many bits are of -0 to -infinity */
+INLINE uint16_t at_least_0(uint16_t bits, int type) { return (uint16_t)(bits - 0x8000) <= NEGATIVES(type) ? 0 : bits; }
 INLINE double load(const void *from, int64_t i, int64_t type) {
     if (type == FLOAT16) return from_half(((const uint16_t *)from)[i]);
     if (type == BFLOAT16) return (Float){.bits = (uint32_t)((const uint16_t *)from)[i] << 16}.value;

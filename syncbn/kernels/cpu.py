@@ -1,4 +1,4 @@
-"""The kernels compiled from cpu.c, for contiguous, channels_last and (N, C) tensors: how the library is found and called.
+"""The kernels compiled from cpu*.c, for contiguous, channels_last and (N, C) tensors: how the library is found and called.
 
 Requirements
     - one call of the library and no operator but the allocation of results in each function: small layers are all overhead;
@@ -22,7 +22,7 @@ from . import Affine, GradientSums, Running, Saved, aten, keep, move
 from .layout import is_channels_last, is_plain, is_watched, like, planes
 
 LIBRARY = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor has it
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # float16 where the processor converts it
 NONE = (0, 0)  # a vector that is not there
 FUNCTIONS = ("moments", "normalize", "gradient_sums", "input_gradient")
 

@@ -1,7 +1,7 @@
 /* The loops over the elements, that the compiler vectorises for the instruction set SET of the file that includes them.
 
    Requirements
-     - x and dy are read once, the result is written once, nothing of their size is allocated;
+     - x and dy are read once, the result is written once, but for a part of a strip; nothing of their size is allocated;
      - half precision is converted in registers, by strips;
      - the ReLU of backward lets pass what that of forward did, to the bit: both come from one expression. */
 
@@ -51,11 +51,8 @@ INLINE double on(Line l, double x, int type) {
 INLINE double factor(Place p, int64_t at, Channel its, int type, int pass) {
     const double x = load(p.in[0], at, type), other = INPUTS(pass) > 1 ? load(p.in[1], at, type) : x;
     const double y = pass == SUMS_BY_Y ? load(p.in[2], at, type) : BY_X(pass) ? on(its.before, x, type) : 0;
-    const int by_y = BY_X(pass) || pass == SUMS_BY_Y;
-    double value = other;
-    if (by_y && type == FLOAT64) value = y <= 0 ? 0 : other;
-    else if (by_y) /* by its bits: chosen as a value it would be loaded after the comparison */
-        value = (Float){.bits = (Float){.value = (float)other}.bits & ((float)y <= p.least ? 0 : ~0u)}.value;
+    const int by_y = BY_X(pass) || pass == SUMS_BY_Y, is_off = type == FLOAT64 ? y <= 0 : (float)y <= p.least;
+    const double value = by_y ? unless(is_off, other, type) : other;
     if (pass == SUMS_BY_Y) store(p.out, at, type, value);
     return value;
 }
@@ -67,7 +64,11 @@ INLINE double result(Place p, int64_t at, Channel its, int type, int pass) {
     return type == FLOAT64 ? value + more * its.gain : (float)value + (float)more * (float)its.gain;
 }
 INLINE double relu(double value, int type, int pass) {
-    return IS_RELU(pass) && (type == FLOAT64 ? value : (float)value) <= 0 ? 0 : value;
+    return IS_RELU(pass) ? unless(type == FLOAT64 ? value <= 0 : (float)value <= 0, value, type) : value;
+}
+INLINE void put(Place p, int64_t at, int type, int pass, double value) {
+    store(p.out, at, type, relu(value, type, pass));
+    if (IS_RELU(pass) && IS_HALF(type)) ((uint16_t *)p.out)[at] = at_least_0(((uint16_t *)p.out)[at], type);
 }
 
 /* ---- loops ---- */
@@ -171,7 +172,7 @@ ANY_ORDER
         const Channel its = planes ? one : channel(p, j, type, pass);
 #pragma GCC unroll 4
         for (int64_t row = 0, here = at + j; row < rows; row++, here += p.stride)
-            store(p.out, here, type, relu(result(p, here, its, type, pass), type, pass));
+            put(p, here, type, pass, result(p, here, its, type, pass));
     }
 }
 /* The same of one row of floats, of n / 8 · 8 values, past the caches. */
