@@ -63,11 +63,12 @@ INLINE double result(Place p, int64_t at, Channel its, int type, int pass) {
     if (INPUTS(pass) == 1) return value;
     return type == FLOAT64 ? value + more * its.gain : (float)value + (float)more * (float)its.gain;
 }
+/* Of floats; half precision has its ReLU when it is stored. */
 INLINE double relu(double value, int type, int pass) {
     return IS_RELU(pass) ? unless(type == FLOAT64 ? value <= 0 : (float)value <= 0, value, type) : value;
 }
 INLINE void put(Place p, int64_t at, int type, int pass, double value) {
-    store(p.out, at, type, relu(value, type, pass));
+    store(p.out, at, type, IS_HALF(type) ? value : relu(value, type, pass));
     if (IS_RELU(pass) && IS_HALF(type)) ((uint16_t *)p.out)[at] = at_least_0(((uint16_t *)p.out)[at], type);
 }
 
