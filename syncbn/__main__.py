@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from .analysis.run import add_command as add_analyze
 from .bench.run import add_command as add_bench
+from .build import add_command as add_build
 from .demo.run import add_command as add_demo
 from .doctor.run import add_command as add_doctor
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_doctor(commands)
     add_bench(commands)
     add_analyze(commands)
+    add_build(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

@@ -57,17 +57,27 @@ def memory_as_it_comes():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory):
+    """Where the host side of the kernels in Triton is, built once."""
+    from syncbn.kernels import host
+
+    return host.build(tmp_path_factory.mktemp("library") / host.LIBRARY.name)
+
+
 class Device(NamedTuple):
-    """Where to compute, and whether by the kernels in Triton."""
+    """Where to compute, whether by the kernels in Triton, and whether C++ launches them."""
 
     name: str
     triton_from_bytes: float = math.inf
+    by_library: bool = False
 
 
 DEVICES = {
     "cpu": Device("cpu"),
     "cuda, aten": pytest.param(Device("cuda"), marks=gpus.needs_gpu),
     "cuda, triton": pytest.param(Device("cuda", 0), marks=[gpus.needs_gpu, gpus.needs_triton]),
+    "cuda, host": pytest.param(Device("cuda", 0, True), marks=[gpus.needs_gpu, gpus.needs_triton, gpus.needs_cxx]),
 }
 
 
@@ -76,7 +86,11 @@ def device(request, monkeypatch):
     """The name of a device, for a test that runs on each, by each choice of kernels for it."""
     from syncbn import kernels
 
-    name, triton_from_bytes = request.param
+    name, triton_from_bytes, by_library = request.param
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
+    monkeypatch.setattr(kernels, "BY_LIBRARY", by_library)
+    if by_library:
+        monkeypatch.setattr(kernels.host, "library", kernels.host.load(request.getfixturevalue("host_library")))
+        monkeypatch.setattr(kernels, "_tried", {})
     gpus.check_kernels(name, triton_from_bytes)
     return name

@@ -1,6 +1,7 @@
 """What tests on a GPU need, and which kernels they run by."""
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.version.hip is not None, reason="needs Triton, and a GPU of NVIDIA's"
 )
+needs_cxx = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def check_kernels(device: str, triton_from_bytes: float) -> None:
@@ -17,3 +19,5 @@ def check_kernels(device: str, triton_from_bytes: float) -> None:
 
     picked = kernels.pick(torch.zeros(2, 3, device=device))
     assert (picked is kernels.in_triton()) == (triton_from_bytes == 0)
+    if triton_from_bytes == 0:
+        assert picked.__name__.endswith("host") == (kernels.BY_LIBRARY and kernels.host.library is not None)

@@ -253,11 +253,11 @@ def test_the_kernels_of_a_variant_are_forced(monkeypatch):
     """Whatever the size from which those in Triton are chosen."""
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", 7.0)
     seen = {}
-    for name in ("syncbn", "syncbn-aten", "torch"):
+    for name in ("syncbn", "syncbn-host", "syncbn-aten", "torch"):
         with peers.using(name):
-            seen[name] = kernels.TRITON_FROM_BYTES
-    assert seen == {"syncbn": 0, "syncbn-aten": math.inf, "torch": 7.0}
-    assert kernels.TRITON_FROM_BYTES == 7.0
+            seen[name] = kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY
+    assert seen == {"syncbn": (0, False), "syncbn-host": (0, True), "syncbn-aten": (math.inf, False), "torch": (7.0, True)}
+    assert (kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY) == (7.0, True)
 
 
 def test_the_copy_moves_the_bytes_of_the_passes():
@@ -444,7 +444,11 @@ def test_what_is_printed_of_rows():
         "torch-sync, median 5.33; 2 of 2 reach 1.5",
     ]
     replayed = layer_cuda_summary.faster([made("syncbn", 1, 0.01, 1.25, replay_microseconds_median=12.5)])
-    assert replayed[-1] == "     syncbn, replayed as a graph: 12.5 microseconds a layer, in Python 100.0"
+    assert replayed[-1] == "     syncbn, replayed as a graph: 12.5 microseconds a layer, launch by launch 100.0"
+    by_host = made("syncbn-host", 1, 0.01, 1.25)
+    assert layer_cuda_summary.lost([*found, by_host], "syncbn-host")[0].endswith("in 1 of 1 cases")
+    assert "syncbn-host, tensors under" in layer_cuda_summary.summary([*found, by_host])
+    assert "syncbn-host" not in layer_cuda_summary.summary(found)
     whole = layer_cuda_summary.summary(found).splitlines()
     assert whole[2].split() == [
         "syncbn",

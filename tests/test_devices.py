@@ -47,8 +47,8 @@ def test_memory_that_nothing_was_written_to_holds_nan(device):
 
 @pytest.mark.parametrize("dtype", batches.DTYPES, ids=str)
 @pytest.mark.parametrize("space", batches.SPACES)
-@pytest.mark.parametrize("fused", ["relu", "add relu"])
-def test_values_of_the_fused_forms(device, fused, space, dtype):
+@every_form
+def test_values_of_every_form(device, fused, space, dtype):
     for layout in ("contiguous", "channels_last", "permuted"):
         for shares in ("equal", "all empty"):
             case = Case(1, shares, space, dtype, layout, fused=fused)

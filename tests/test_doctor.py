@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -561,3 +562,6 @@ def test_the_kernels_in_use_are_named(there):
     every = mock.Mock(takes=lambda x: True)
     with mock.patch.object(kernels, "compiled", return_value=every if there else None):
         assert place.facts("gloo", CPU).kernels == ("compiled" if there else "composed")
+    host = types.SimpleNamespace(__name__="syncbn.kernels.host")
+    with mock.patch.object(kernels, "pick", return_value=host):
+        assert place.facts("gloo", CPU).kernels == "compiled, launched by C++"

@@ -64,7 +64,7 @@ def plain_or_fused(case: Case) -> nn.Module:
 def on_a_rank(rank: int, case: Case, form: str, group=None, device: str = "cpu") -> Result:
     xs, dys = batches.make(case)
     added = batches.residuals(case)
-    layer = syncbn.convert(layer_for(case), group).to(device)
+    layer = syncbn.convert(plain_or_fused(case), group).to(device)
     leaves = [batches.place(t[rank], device).requires_grad_() for t in (xs, added) if t is not None]
     run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False) if form == "compiled" else layer
     y = run(*leaves)

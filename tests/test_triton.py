@@ -379,13 +379,13 @@ class Program:
 def compiled(monkeypatch):
     kernels = in_triton()
     stand_ins = [Program(getattr(kernels.programs, name)) for name in FUNCTIONS]
-    launch = kernels._launch
+    launch = kernels.launch
 
     def watched(program, x, plan, tensors, more=(), constants=()):
         program.given = (*tensors, *more, *plan.numbers, *constants, *plan.cut)
         launch(program, x, plan, tensors, more, constants)
 
-    monkeypatch.setattr(kernels, "_launch", watched)
+    monkeypatch.setattr(kernels, "launch", watched)
     for program in stand_ins:
         monkeypatch.setattr(kernels.programs, program.kernel.__name__, program)
     monkeypatch.setattr(kernels, "_launchers", {})
@@ -467,12 +467,12 @@ def test_what_it_compiles_is_launched_as_triton_would(hooked, monkeypatch):
     stand_in.__getitem__.return_value.return_value = compiled
     monkeypatch.setattr(kernels, "_launchers", {})
     tensors = (x, x, dx, message, message, None, None)
-    kernels._launch(stand_in, x, plan, tensors, (), (False,))
+    kernels.launch(stand_in, x, plan, tensors, (), (False,))
     assert stand_in.__getitem__.call_count == 1
     assert launched == [], "Triton launches what it compiles"
     if hooked:
         monkeypatch.setattr(getattr(triton.knobs.runtime, hooked), "calls", [lambda metadata: None])
-    kernels._launch(stand_in, x, plan, tensors, (), (False,))
+    kernels.launch(stand_in, x, plan, tensors, (), (False,))
     assert stand_in.__getitem__.call_count == 1
     compiled[plan.grid](*launched[0][9:], stream=0)
     by_us, by_triton = launched

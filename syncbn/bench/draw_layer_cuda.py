@@ -15,6 +15,7 @@ from .rows import origin
 Text = dict[str, str]
 VARIANTS = {
     "syncbn": (COLORS["syncbn"], "syncbn, Triton"),
+    "syncbn-host": ("#7a4fa3", "the same, launched by C++"),
     "syncbn-aten": (COLORS["syncbn-aten"], "syncbn, ATen kernels"),
     "torch-sync": (COLORS["torch-sync"], "operators of nn.SyncBatchNorm"),
     "torch-sync-unmasked": ("#d9a441", "the same without the mask"),

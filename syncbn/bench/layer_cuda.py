@@ -32,7 +32,7 @@ from .timing import Quartiles, microseconds, quartiles, ratio
 
 FILE = "layer_cuda"
 COPY = "copy"
-VARIANTS = ("torch-inductor", TORCH_SYNC, "torch-sync-unmasked", "syncbn", "syncbn-aten")
+VARIANTS = ("torch-inductor", TORCH_SYNC, "torch-sync-unmasked", "syncbn", "syncbn-host", "syncbn-aten")
 
 
 class Variant(NamedTuple):

@@ -19,13 +19,15 @@ CLOCKS = {
     "a layer of several in a row, by the clock": "chain_over_torch_sync",
     "on the device": "device_over_torch_sync",
 }
-OURS = "syncbn"
+OURS = ("syncbn", "syncbn-host")
 SHOWN = 10  # lost cases that are named
 
 
 def summary(measured: Sequence[Row]) -> str:
     """Of one run."""
-    return "\n\n".join([_table(measured), "\n".join([*targets(measured), *faster(measured), *lost(measured)])])
+    names = [name for name in OURS if name == OURS[0] or any(row["variant"] == name for row in measured)]
+    told = [line for name in names for lines in (targets, faster, lost) for line in lines(measured, name)]
+    return "\n\n".join([_table(measured), "\n".join(told)])
 
 
 def _table(measured: Sequence[Row]) -> str:
@@ -66,10 +68,10 @@ def _span(of: Sequence[Row], name: str) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def targets(measured: Sequence[Row]) -> list[str]:
+def targets(measured: Sequence[Row], ours: str = OURS[0]) -> list[str]:
     """One line for each pass, dtype and layout of ours: how many of the large tensors reach the target."""
     told = []
-    large = [row for row in measured if row["variant"] == OURS and row["bytes"] >= LARGE]
+    large = [row for row in measured if row["variant"] == ours and row["bytes"] >= LARGE]
     for dtype, layout in dict.fromkeys((row["dtype"], row["layout"]) for row in large):
         of = [row for row in large if (row["dtype"], row["layout"]) == (dtype, layout)]
         for part, target in TARGETS.items():
@@ -77,42 +79,42 @@ def targets(measured: Sequence[Row]) -> list[str]:
             enough = sum(one >= target for one in reached)
             least = min(of, key=lambda row: float(row[f"{part}_of_copy"]))
             told.append(
-                f"{'ok  ' if enough == len(of) else 'BAD '} {OURS}, {dtype}, {layout}, {part}: {enough} of {len(of)} tensors "
+                f"{'ok  ' if enough == len(of) else 'BAD '} {ours}, {dtype}, {layout}, {part}: {enough} of {len(of)} tensors "
                 f"of {LARGE / 1e6:g} MB and more have {target:.0%} of the bandwidth of a copy; least {min(reached):.0%}, "
                 f"{least['shape']}"
             )
-    return told or [f"no tensor of {LARGE / 1e6:g} MB or more was measured with {OURS}: nothing is said of the targets"]
+    return told or [f"no tensor of {LARGE / 1e6:g} MB or more was measured with {ours}: nothing is said of the targets"]
 
 
-def faster(measured: Sequence[Row]) -> list[str]:
+def faster(measured: Sequence[Row], ours: str = OURS[0]) -> list[str]:
     """How many times as fast as torch-sync ours is, by each clock; and a graph of ours, of which torch-sync has none."""
     told = []
     for tensors, (least, most, target) in FASTER.items():
-        of = [row for row in measured if row["variant"] == OURS and least <= row["bytes"] < most]
+        of = [row for row in measured if row["variant"] == ours and least <= row["bytes"] < most]
         for clock, column in CLOCKS.items():
             times = [1 / value for value in _values(of, column)]
             if times:
                 enough = sum(one >= target for one in times)
                 told.append(
-                    f"{'ok  ' if enough == len(times) else 'BAD '} {OURS}, tensors {tensors}, {clock}: {min(times):.2f} to "
+                    f"{'ok  ' if enough == len(times) else 'BAD '} {ours}, tensors {tensors}, {clock}: {min(times):.2f} to "
                     f"{max(times):.2f} times as fast as torch-sync, median {statistics.median(times):.2f}; {enough} of "
                     f"{len(times)} reach {target:g}"
                 )
-    replayed = [row for row in measured if row["variant"] == OURS and row["replay_microseconds_median"] != ""]
+    replayed = [row for row in measured if row["variant"] == ours and row["replay_microseconds_median"] != ""]
     if replayed:
         median = statistics.median(_values(replayed, "replay_microseconds_median"))
         eager = statistics.median(_values(replayed, "chain_microseconds_median"))
-        told.append(f"     {OURS}, replayed as a graph: {median:.1f} microseconds a layer, in Python {eager:.1f}")
+        told.append(f"     {ours}, replayed as a graph: {median:.1f} microseconds a layer, launch by launch {eager:.1f}")
     return told
 
 
-def lost(measured: Sequence[Row]) -> list[str]:
+def lost(measured: Sequence[Row], ours: str = OURS[0]) -> list[str]:
     """The cases in which ours is slower, the worst first."""
     told = []
     for base, column in (("torch's local batch norm", "ratio"), ("torch-sync", "over_torch_sync")):
-        of = [row for row in measured if row["variant"] == OURS and row[column] != ""]
+        of = [row for row in measured if row["variant"] == ours and row[column] != ""]
         slower = sorted((row for row in of if float(row[column]) > 1), key=lambda row: -float(row[column]))
-        told.append(f"{OURS} is slower than {base}, by the clock, in {len(slower)} of {len(of)} cases")
+        told.append(f"{ours} is slower than {base}, by the clock, in {len(slower)} of {len(of)} cases")
         named = [f"  {row['dtype']}, {row['layout']}, {row['shape']}: {float(row[column]):.2f}" for row in slower[:SHOWN]]
         told += named + ([f"  and {len(slower) - SHOWN} more"] if len(slower) > SHOWN else [])
     return told

@@ -3,7 +3,7 @@
 Requirements
     - a peer computes what its own users get: torch's layer as it is, and the layer of many papers as they write it;
     - ours takes the synchronized path in a process that is alone too, with ATen kernels as where none are built, and on a GPU
-      with those in Triton, however small the input.
+      with those in Triton, however small the input, launched by Python or by the library that `python -m syncbn build` makes.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ class Peer(NamedTuple):
     what: str
     make: Callable[[nn.Module], nn.Module]  # from torch's layer
     compiled: bool = False  # by torch.compile, which takes seconds a shape
-    kernels: str | None = None  # of ours: "compiled" or "aten"
+    kernels: str | None = None  # of ours: "compiled", "host" or "aten"
     of_torch_sync: bool = False  # by operators that CUDA alone has
     passes: tuple[int, int] = PASSES
 
@@ -132,6 +132,7 @@ PEERS = {
     "plain": Peer("autograd through an all_reduce of E[x], E[x²]", PlainSyncBatchNorm),
     "plain-inductor": Peer("the same under torch.compile", PlainSyncBatchNorm, compiled=True),
     "syncbn": Peer("syncbn, compiled kernels; on a GPU in Triton", forced, kernels="compiled"),
+    "syncbn-host": Peer("syncbn, in Triton, launched by C++", forced, kernels="host"),
     "syncbn-aten": Peer("syncbn, ATen kernels", forced, kernels="aten"),
     "syncbn-inductor": Peer("syncbn under torch.compile", forced, compiled=True),
 }
@@ -146,7 +147,9 @@ def available(name: str, device: torch.device) -> str | None:
         return "torch.compile needs a C++ compiler"
     if peer.compiled and not on_cpu and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton"
-    if peer.kernels == "compiled":
+    if peer.kernels == "host" and (on_cpu or _host_is_missing()):
+        return "they are for a GPU" if on_cpu else "`python -m syncbn build` did not build it here"
+    if peer.kernels in ("compiled", "host"):
         with using(name):
             if kernels.pick(torch.empty(2, 2, 2, 2, device=device)) is kernels.composed():
                 return "the compiled kernels were not built here" if on_cpu else "Triton is not installed, or does not work"
@@ -169,13 +172,24 @@ def runnable(names: Sequence[str], device: torch.device) -> list[str]:
 def using(name: str) -> Iterator[None]:
     """Take the kernels of a peer: ATen's, as where no others were built; those in Triton from the first byte on."""
     wanted, compiled, from_bytes = PEERS[name].kernels, kernels.compiled, kernels.TRITON_FROM_BYTES
+    by_library = kernels.BY_LIBRARY
     if wanted is not None:  # inside of what is timed: as little as for another peer
         kernels.compiled = _nothing if wanted == "aten" else compiled  # type: ignore[assignment]
         kernels.TRITON_FROM_BYTES = math.inf if wanted == "aten" else 0
+        kernels.BY_LIBRARY = wanted == "host"
     try:
         yield
     finally:
-        kernels.compiled, kernels.TRITON_FROM_BYTES = compiled, from_bytes
+        kernels.compiled, kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY = compiled, from_bytes, by_library
+
+
+def _host_is_missing() -> bool:
+    """Whether there is no library to launch by."""
+    try:
+        from ..kernels import host
+    except ImportError:  # of Triton
+        return True
+    return host.library is None
 
 
 def _nothing() -> None:

@@ -34,13 +34,14 @@ from .run import say
 from .step import state
 from .timing import Quartiles, order, quartiles, ratio
 
-VARIANTS = (TORCH_SYNC, "torch-sync-unmasked", "syncbn", "syncbn-aten")
+VARIANTS = (TORCH_SYNC, "torch-sync-unmasked", "syncbn", "syncbn-host", "syncbn-aten")
 ALLOWED = {"gradients": 1e-2, "running statistics": 1e-5}  # relative, in the norm of all, where torch's own error is less
 MAKERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     TORCH: lambda model: model,
     TORCH_SYNC: lambda model: replace(model, sync_operators.TorchSync),
     "torch-sync-unmasked": lambda model: replace(model, sync_operators.Unmasked),
     "syncbn": peers.forced,
+    "syncbn-host": peers.forced,
     "syncbn-aten": peers.forced,
 }
 

@@ -19,7 +19,7 @@ NEEDED = {"plot": ("matplotlib",)}  # others: tqdm
 DTYPES = ("float32", "bfloat16", "float16")
 VARIANTS = (
     *("torch", "torch-inductor", "torch-sync", "torch-sync-unmasked"),
-    *("plain", "plain-inductor", "syncbn", "syncbn-aten", "syncbn-inductor"),
+    *("plain", "plain-inductor", "syncbn", "syncbn-host", "syncbn-aten", "syncbn-inductor"),
 )
 
 

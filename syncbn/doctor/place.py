@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,9 @@ class Facts(NamedTuple):
     python: str
     torch: str
     syncbn: str
-    kernels: str  # compiled for this device, or composed of torch's operators
+    kernels: (
+        str  # compiled for this device, and launched by what `python -m syncbn build` made; or composed of torch's operators
+    )
     cuda: str  # what torch was built for
     nccl: str
     driver: str  # of NVIDIA's GPUs
@@ -51,7 +53,7 @@ def facts(backend: str, device: torch.device) -> Facts:
         python=platform.python_version(),
         torch=str(torch.__version__),
         syncbn=__version__,
-        kernels="composed" if kernels.pick(torch.empty(1, 1, device=device)) is kernels.composed() else "compiled",
+        kernels=_kernels(device),
         cuda=torch.version.cuda or NONE,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu and backend == "nccl" else NONE,
         driver=_driver(),
@@ -61,6 +63,13 @@ def facts(backend: str, device: torch.device) -> Facts:
         else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         interface=interface(backend),
     )
+
+
+def _kernels(device: torch.device) -> str:
+    picked: Any = kernels.pick(torch.empty(1, 1, device=device))
+    if picked is kernels.composed():
+        return "composed"
+    return "compiled, launched by C++" if getattr(picked, "__name__", "") == f"{kernels.__name__}.host" else "compiled"
 
 
 def _driver() -> str:

@@ -24,6 +24,8 @@ from ..equations import Statistics, running_statistics
 
 # CUDA tensors of this many bytes or more go to the kernels in Triton: all of them (benchmarks/results/layer_cuda.csv).
 TRITON_FROM_BYTES = 0.0
+# Whether they are launched by the library that `python -m syncbn build` makes, where it is.
+BY_LIBRARY = True
 
 
 class Affine(NamedTuple):
@@ -134,7 +136,7 @@ def compiled() -> Compiled | None:
     return None
 
 
-_tried: dict[int | None, Compiled | None] = {}  # by GPU; None: whether Triton is installed
+_tried: dict[tuple[int | None, bool], Compiled | None] = {}  # by GPU, None: whether Triton is installed; and BY_LIBRARY
 
 
 def in_triton(gpu: int | None = None) -> Compiled | None:
@@ -142,24 +144,26 @@ def in_triton(gpu: int | None = None) -> Compiled | None:
 
     Nothing can be tried while a graph is captured: until a forward outside of one has, None.
     """
-    if gpu in _tried:
-        return _tried[gpu]
+    key = gpu, BY_LIBRARY
+    if key in _tried:
+        return _tried[key]
     try:
-        from . import triton
+        from . import host, triton
     except ImportError:
-        _tried[gpu] = None
+        _tried[key] = None
         return None
     if gpu is not None and torch.cuda.is_current_stream_capturing():
         return None
-    problem = None if gpu is None else triton.problem(f"cuda:{gpu}")
-    _tried[gpu] = cast(Compiled, triton) if problem is None else None
+    fast = host if BY_LIBRARY and host.library is not None else triton
+    problem = None if gpu is None else fast.problem(f"cuda:{gpu}")
+    _tried[key] = cast(Compiled, fast) if problem is None else None
     if problem is not None:
         logging.getLogger("syncbn").warning(
             "the kernels in Triton do not work here (%s): batch norm is composed of PyTorch's operators, with the same results "
             "but slower",
             problem,
         )
-    return _tried[gpu]
+    return _tried[key]
 
 
 def check_device(x: Tensor) -> None:

@@ -11,20 +11,22 @@ Requirements
 import functools
 import math
 import struct
-from typing import Any, NamedTuple
+import sys
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import equations
-from . import Affine, GradientSums, Running, Saved, keep, move, plans, programs
+from . import Affine, GradientSums, Kernels, Running, Saved, keep, move, plans, programs
 from .layout import is_channels_last, is_plain, is_watched, like, planes
 from .plans import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
 
+HOOKS = triton.knobs.runtime  # what has those that Triton calls at a launch
 INTERPRETED = not isinstance(programs.moments, triton.JITFunction)  # on the CPU, by Triton's interpreter
 
 
@@ -34,14 +36,15 @@ def takes(x: Tensor) -> bool:
     return placed and is_plain(x) and (x.is_contiguous() or is_channels_last(x)) and not is_watched()
 
 
-def problem(device: str) -> str | None:
-    """Why nothing can be compiled and run on a GPU, if so."""
+def problem(device: str, kernels: Kernels | None = None) -> str | None:
+    """Why nothing can be compiled and run on a GPU, by these functions or those of this file, if so."""
+    compute = kernels or cast(Kernels, sys.modules[__name__])
     if torch.version.hip is not None:
         return "they were never run on an AMD GPU"
     try:
         x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)  # which older GPUs lack
         for _ in range(2):  # what Triton compiles it launches itself, from then on we do
-            normalize(x, moments(x), Affine(None, None, 1.0), None)
+            compute.normalize(x, compute.moments(x), Affine(None, None, 1.0), None)
     except torch.OutOfMemoryError:  # no fault of the kernels
         raise
     except Exception as error:  # whatever a compiler, a linker or a driver raises
@@ -61,11 +64,11 @@ class Workspace(NamedTuple):
 _workspaces: dict[tuple[int, int], Workspace] = {}  # by device and stream
 
 
-def _workspace(x: Tensor, counters: int, partials: int) -> Workspace:
+def workspace(x: Tensor, counters: int, partials: int) -> Workspace:
     """Of the current stream, at least as large. A graph gets its own, zeroed at each replay."""
     device = x.get_device()
     captured = device >= 0 and torch.cuda.is_current_stream_capturing()
-    key = device, _stream(device)
+    key = device, stream(device)
     found = None if captured else _workspaces.get(key)
     if found is None or found.sizes[0] < counters or found.sizes[1] < partials:
         sizes = (counters, partials) if captured else (max(counters, 2**12), max(partials, 2**18))
@@ -76,7 +79,7 @@ def _workspace(x: Tensor, counters: int, partials: int) -> Workspace:
     return found
 
 
-def _stream(device: int) -> int:
+def stream(device: int) -> int:
     """The address of the current stream of a GPU, and of a CPU, which has none, 0."""
     return torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
 
@@ -84,16 +87,6 @@ def _stream(device: int) -> int:
 def _is_elsewhere(device: int) -> bool:
     """Whether another device is the current one."""
     return device >= 0 and device != torch._C._cuda_getDevice()
-
-
-def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, constants: tuple[bool, ...] = ()) -> None:
-    """Launch a kernel of sums with what the splits of a sum need."""
-    if _is_elsewhere(x.get_device()):
-        with torch.cuda.device(x.device):
-            return _sums(kernel, x, *arguments, constants=constants)
-    plan = plans.of(*planes(x), x.itemsize).sums
-    counters, partials, _ = _workspace(x, plan.counters, plan.partials)
-    return _launch(kernel, x, plan, (*arguments, partials, counters), (plan.team,), constants)
 
 
 class Launcher(NamedTuple):
@@ -111,23 +104,22 @@ _launchers: dict[tuple[Any, ...], Launcher] = {}
 
 def _has_hooks() -> bool:
     """Whether someone, such as a profiler, wants to be called at each launch."""
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    return any(getattr(hook, "calls", hook) for hook in (HOOKS.launch_enter_hook, HOOKS.launch_exit_hook))
 
 
-def _launch(
+def launch(
     kernel: Any,
     x: Tensor,
     plan: Plan,
     tensors: tuple[Tensor | None, ...],
     more: tuple[float, ...] = (),  # numbers of the kernel's own
     constants: tuple[bool, ...] = (),
-) -> None:
-    """Launch a kernel over the tiles of x, on its device and the current stream."""
+) -> Launcher | None:
+    """Launch a kernel over the tiles of x, on its device and the current stream; by what from then on, unless by Triton."""
     device = x.get_device()
     if _is_elsewhere(device):
         with torch.cuda.device(device):
-            return _launch(kernel, x, plan, tensors, more, constants)
+            return launch(kernel, x, plan, tensors, more, constants)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
     odd = None  # which of them 16 bytes do not divide
@@ -139,15 +131,27 @@ def _launch(
     if known is None:
         compiled = kernel[plan.grid](*tensors, *others, **OPTIONS)
         if not INTERPRETED:
-            _launchers[key] = Launcher(compiled, compiled.run, compiled.function, compiled.packed_metadata)
-        return None
+            known = Launcher(compiled, compiled.run, compiled.function, compiled.packed_metadata)
+            _launchers[key] = known
+        return known
     # By addresses: where tensors are Triton would ask the driver.
-    arguments, stream = (*pointers, *others), _stream(device)
+    arguments, current = (*pointers, *others), stream(device)
     if _has_hooks():
-        known.compiled[plan.grid](*arguments, stream=stream)
+        known.compiled[plan.grid](*arguments, stream=current)
     else:
-        known.run(*plan.grid, stream, known.function, known.metadata, None, None, None, *arguments)
-    return None
+        known.run(*plan.grid, current, known.function, known.metadata, None, None, None, *arguments)
+    return known
+
+
+def _sums(kernel: Any, x: Tensor, *arguments: Tensor | None, constants: tuple[bool, ...] = ()) -> None:
+    """Launch a kernel of sums with what the splits of a sum need."""
+    if _is_elsewhere(x.get_device()):
+        with torch.cuda.device(x.device):
+            _sums(kernel, x, *arguments, constants=constants)
+        return
+    plan = plans.of(*planes(x), x.itemsize).sums
+    counters, partials, _ = workspace(x, plan.counters, plan.partials)
+    launch(kernel, x, plan, (*arguments, partials, counters), (plan.team,), constants)
 
 
 def _is_vector(value: Tensor) -> bool:
@@ -190,7 +194,7 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
         tracked.add_(message[-1] > 0)
     added = None if residual is None else like(residual, x)
     vectors = (_vector(weight), _vector(bias), mean, var, tracked)
-    _launch(
+    launch(
         programs.normalize,
         x,
         plans.of(*planes(x), x.itemsize).elements,
@@ -221,7 +225,7 @@ def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tens
     dx = torch.empty_like(x)
     if x.numel():
         given = (like(dy, x), x, dx, message, saved.statistics, _vector(saved.weight), _vector(saved.bias))
-        _launch(
+        launch(
             programs.input_gradient,
             x,
             plans.of(*planes(x), x.itemsize).elements,
