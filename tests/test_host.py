@@ -63,7 +63,7 @@ class Launched(host_by_addresses.Made if in_triton() is not None else object):
     def launch(self, grid, addresses, numbers):
         for address, made_for in zip(addresses, self.tensors, strict=True):
             assert address is None or self.dtypes.get(address, made_for[0]) == made_for[0]
-        seen.append((self.name, grid, addresses, numbers))
+        seen.append((self.name, grid, addresses, [made_for and made_for[0] for made_for in self.tensors], numbers))
 
 
 seen: list[tuple] = []
@@ -126,10 +126,10 @@ def test_what_is_made_for_some_arguments_is_launched_for_no_others(library, monk
     assert len(by_python) >= 3
 
 
-def launch_of(name, grid, addresses, numbers, given):
+def launch_of(name, grid, addresses, dtypes, numbers, given):
     """What two launches of the same have in common: not the addresses of results."""
     same = [None if address is None else address if address in given else "another" for address in addresses]
-    return name, tuple(grid), same, [*map(str, numbers)]
+    return name, tuple(grid), same, list(dtypes), [*map(str, numbers)]
 
 
 class Known(dict):
@@ -140,10 +140,10 @@ class Known(dict):
         self.into = into
 
     def get(self, key, default=None):
-        name, tensors = key[0], len(key[2])
+        name, _, dtypes, *_ = key
 
         def run(*given):
-            self.into.append((name, given[:3], given[9 : 9 + tensors], given[9 + tensors :]))
+            self.into.append((name, given[:3], given[9 : 9 + len(dtypes)], dtypes, given[9 + len(dtypes) :]))
 
         return triton.Launcher(None, run, "of the driver", "packed")
 
@@ -183,6 +183,24 @@ def test_what_is_rare_is_left_to_python(what, library, monkeypatch):
             host.normalize(x, step_back, affine._replace(bias=bias), running)
     expected = {"weight": ["normalize", "gradient_sums", "input_gradient"], "average": ["normalize"]}
     assert left == expected.get(what, ["normalize"] * 2)
+
+
+def test_a_gradient_is_given_as_x_lies(library, monkeypatch):
+    """A program reads it by the address alone: as it is, or copied."""
+    x, made = batches.lay_out(torch.randn(4, 3, 2, 2), "channels_last"), []
+    _, saved = host.normalize(x, host.moments(x), Affine(None, None, 1e-5), None)
+    monkeypatch.setattr(library, "make", lambda *given: made.append(given) or Launched(*given))
+    others = [x.contiguous(), x.double(), torch.ones(()).expand(x.shape), torch._neg_view(x)]
+    for dy in (x, *others):
+        library.forget()
+        sums = host.gradient_sums(dy, x, saved)
+        host.input_gradient(dy, x, saved, sums.message)
+        for _, _, _, (given, *_), _, _ in made:
+            assert (given.data_ptr() == x.data_ptr()) == (dy is x)
+            assert (given.dtype, given.stride()) == (x.dtype, x.stride())
+            assert torch.equal(given, dy.to(x.dtype))
+        assert len(made) == 2
+        made.clear()
 
 
 def test_buffers_that_a_program_moves_are_known_to_be_changed(library):
