@@ -237,6 +237,38 @@ def test_what_a_launch_raises_is_raised_and_nothing_is_kept(library, monkeypatch
     assert gone() is None
 
 
+def test_no_more_plans_are_kept_than_there_is_room_for(library):
+    asked = []
+
+    def plan(*shape):
+        asked.append(shape[0])
+        return triton.plans.of.__wrapped__(*shape)
+
+    library.loaded.use(plan, triton.workspace, triton.stream, library.add, triton.HOOKS)
+    for n in [*range(1, 4098), 4097, 1, 1]:
+        library.loaded.moments(torch.empty(n, 2))
+    assert asked == [*range(1, 4098), 1]
+
+
+def test_a_plan_that_is_forgotten_while_it_is_used_stays(library):
+    """As another thread may do where a function calls Python."""
+    launched = []
+
+    def workspace(x, *sizes):
+        if len(x) == 1:
+            for n in range(2, 4200):
+                library.loaded.moments(torch.empty(n, 2))
+        return triton.workspace(x, *sizes)
+
+    def add(number, x, plan, *more):
+        launched.append((len(x), plan.numbers[0]))
+        return library.add(number, x, plan, *more)
+
+    library.loaded.use(triton.plans.of.__wrapped__, workspace, triton.stream, add, triton.HOOKS)
+    library.loaded.moments(torch.empty(1, 2))
+    assert launched == [(n, n) for n in [*range(2, 4200), 1]]
+
+
 def test_more_shapes_than_are_kept_on_several_threads(library):
     """Whose plans are forgotten while another thread launches by them."""
     wrong = []
