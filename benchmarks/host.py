@@ -3,12 +3,15 @@
     python benchmarks/host.py [--repeats 31]
 
 Eight layers in a row, forward and backward, of tensors of 8 kB in the memory of the CPU. A launch is a function that does
-nothing: what Triton and the driver take for each of the four is not in the times, nor what a device does; torch's local batch
-norm computes. Alone, and in a world of eight ranks without communication. Prints, and appends rows to results/host.csv.
+nothing: what Triton and the driver take for each of the four is not in the times, nor what choosing and asking a device takes.
+Torch's local batch norm computes, by the kernels of the CPU: a ratio over it says nothing of a GPU. Alone, and in a world of
+eight ranks without communication. Prints, and appends rows to results/host.csv.
 """
 
 import argparse
 import statistics
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -18,7 +21,7 @@ from syncbn import kernels
 from syncbn.bench import peers, rows
 from syncbn.bench.fake_world import fake_world
 from syncbn.bench.timing import interleaved, microseconds, quartiles, ratio
-from syncbn.kernels import host, plans, triton
+from syncbn.kernels import host, triton
 
 LAYERS, STEPS = 8, 50
 SHAPE = (2, 16, 8, 8)
@@ -60,9 +63,9 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     triton._launchers, triton.INTERPRETED = Launchers(), True
-    library = host.load(host.build()) if host.library is None else host.library
-    library.use(plans.of, triton.workspace, triton.stream, lambda *given: LAUNCHER, triton.HOOKS)
-    host.library = library
+    with tempfile.TemporaryDirectory() as directory:
+        host.library = host.load(host.build(Path(directory) / host.LIBRARY.name))
+    host.use(host.library, launch=lambda *given: LAUNCHER)
     measured = []
     for ranks in (1, 8):
         with fake_world(ranks):

@@ -90,7 +90,9 @@ def device(request, monkeypatch):
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
     monkeypatch.setattr(kernels, "BY_LIBRARY", by_library)
     if by_library:
-        monkeypatch.setattr(kernels.host, "library", kernels.host.load(request.getfixturevalue("host_library")))
+        from syncbn.kernels import host
+
+        monkeypatch.setattr(host, "library", host.load(request.getfixturevalue("host_library")))
         monkeypatch.setattr(kernels, "_tried", {})
     gpus.check_kernels(name, triton_from_bytes)
     return name

@@ -15,6 +15,8 @@ import torch
 
 from syncbn.kernels import host, plans, triton
 
+STREAM = 77
+
 
 def is_long(number) -> bool:
     return isinstance(number, int) and number >= 2**31
@@ -34,7 +36,7 @@ class Made:
     def run(self, *given):
         *grid, stream, function, metadata = given[:6]
         addresses, numbers = given[9 : 9 + len(self.tensors)], given[9 + len(self.tensors) :]
-        assert (stream, function, metadata, given[6:9]) == (0, self.function, self.metadata, (None,) * 3)
+        assert (stream, function, metadata, given[6:9]) == (STREAM, self.function, self.metadata, (None,) * 3)
         assert [(type(number), is_long(number)) for number in numbers] == self.numbers
         assert numbers[-len(self.constants) :] == self.constants
         assert [None if address is None else address % 16 == 0 for address in addresses] == [
@@ -62,11 +64,12 @@ class Library:
         self.loaded, self.make = host.load(path), make
         self.new: list[Made] = []
         self.launched: dict[str, int] = dict.fromkeys(host.PROGRAMS, 0)
-        self.forget()
+        self.use()
 
-    def forget(self) -> None:
-        """What was planned and made."""
-        self.loaded.use(lambda *shape: plans.of(*shape), triton.workspace, triton.stream, self.add, triton.HOOKS)
+    def use(self, **others: Any) -> None:
+        """Forget what was planned and made, and call `others` in place of what it calls."""
+        given: dict[str, Any] = {"plans": lambda *shape: plans.of(*shape), "stream": lambda device: STREAM, "launch": self.add}
+        host.use(self.loaded, **given | others)
 
     def add(self, *given: Any) -> Made:
         made = self.make(*given)
@@ -96,7 +99,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _forget(request):
     """Plans of another test, which may have had other tiles."""
-    request.config.host.forget()
+    request.config.host.use()
 
 
 def pytest_terminal_summary(terminalreporter, config):

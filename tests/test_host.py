@@ -1,12 +1,16 @@
 """The host side of the GPU kernels in C++: values by Triton's interpreter, what it launches and when, and how it is built."""
 
 import gc
+import itertools
 import logging
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import ClassVar
@@ -19,8 +23,9 @@ from gpus import needs_cxx
 from test_triton import DTYPES, FUNCTIONS, INTERPRETED, LAYOUTS, the_interpreter_lacks
 from torch._subclasses import FakeTensorMode
 
-import syncbn.__main__
+import syncbn
 from syncbn import kernels
+from syncbn.__main__ import main
 from syncbn.kernels import Affine, Running, in_triton
 
 pytestmark = [
@@ -104,8 +109,10 @@ def test_what_is_made_for_some_arguments_is_launched_for_no_others(library, monk
         "fused": batches.FUSED,
     }
     cases = list(AllPairs(list(axes.values())))
-    by_python = []
+    by_python, sizes, workspace = [], [], triton.workspace
     monkeypatch.setattr(triton, "_launchers", Known(by_python))
+    monkeypatch.setattr(triton, "workspace", lambda x, *given: sizes.append(given) or workspace(x, *given))
+    library.use()
     for shape, dtype, layout, offset, parameters, momentum, eps, fused in [*cases, *cases]:
         x = torch.empty(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
         c, residual = shape[1], None
@@ -120,7 +127,11 @@ def test_what_is_made_for_some_arguments_is_launched_for_no_others(library, monk
         seen.clear()
         by_python.clear()
         step(host, x, affine, running)
+        asked = {*sizes[:2], *sizes[-2:]}
+        sizes.clear()
         step(triton, x, affine, running)
+        assert asked == {*sizes}
+        sizes.clear()
         given = set(Launched.dtypes)
         assert [launch_of(*of_one, given) for of_one in seen] == [launch_of(*of_one, given) for of_one in by_python]
     assert len(by_python) >= 3
@@ -130,6 +141,24 @@ def launch_of(name, grid, addresses, dtypes, numbers, given):
     """What two launches of the same have in common: not the addresses of results."""
     same = [None if address is None else address if address in given else "another" for address in addresses]
     return name, tuple(grid), same, list(dtypes), [*map(str, numbers)]
+
+
+def test_what_is_made_for_an_odd_address_is_launched_for_no_other(library):
+    """Of each tensor by itself, and of every two."""
+
+    def tensor(shape, is_odd):
+        return torch.empty(math.prod(shape) + 4)[is_odd : math.prod(shape) + is_odd].view(shape)
+
+    for odd in [*itertools.product([0, 1], repeat=7)] * 2:
+        x, residual, dy = (tensor((6, 4), is_odd) for is_odd in odd[:3])
+        vectors = [tensor((4,), is_odd) for is_odd in odd[3:]]
+        running = Running(vectors[2], vectors[3], torch.tensor(0), 0.1)
+        for fused in (None, residual):
+            affine = Affine(vectors[0], vectors[1], 1e-5, True, fused)
+            _, saved = host.normalize(x, host.moments(x), affine, running)
+            sums = host.gradient_sums(dy, x, saved)
+            host.input_gradient(dy if fused is None else sums.dy, x, saved, sums.message)
+    assert len(seen) == 2 * 2**7 * 2 * 4
 
 
 class Known(dict):
@@ -192,7 +221,7 @@ def test_a_gradient_is_given_as_x_lies(library, monkeypatch):
     monkeypatch.setattr(library, "make", lambda *given: made.append(given) or Launched(*given))
     others = [x.contiguous(), x.double(), torch.ones(()).expand(x.shape), torch._neg_view(x)]
     for dy in (x, *others):
-        library.forget()
+        library.use()
         sums = host.gradient_sums(dy, x, saved)
         host.input_gradient(dy, x, saved, sums.message)
         for _, _, _, (given, *_), _, _ in made:
@@ -203,12 +232,53 @@ def test_a_gradient_is_given_as_x_lies(library, monkeypatch):
         made.clear()
 
 
-def test_buffers_that_a_program_moves_are_known_to_be_changed(library):
+def test_what_python_does_meanwhile_is_seen_by_autograd(library):
+    leaf, found = torch.ones(3, requires_grad=True), []
+
+    def workspace(*given):
+        with torch.enable_grad():
+            found.append((leaf * 2).requires_grad)
+        return triton.workspace(*given)
+
+    library.use(workspace=workspace)
+    with torch.no_grad():
+        host.moments(torch.randn(4, 3))
+    assert found == [True, True]
+
+
+def test_another_thread_goes_on_while_torch_copies(library):
+    """A gradient of 64 MB, transposed."""
+    x, ended, ticks = torch.empty(2**12, 2**12), threading.Event(), []
+    _, saved = host.normalize(x, host.moments(x), Affine(None, None, 1e-5), None)
+
+    def tick():
+        while not ended.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-4)
+
+    library.loaded.gradient_sums(x.t(), x, *saved)
+    other = threading.Thread(target=tick)
+    other.start()
+    start = time.perf_counter()
+    library.loaded.gradient_sums(x.t(), x, *saved)
+    end = time.perf_counter()
+    ended.set()
+    other.join(60)
+    quarter = (end - start) / 4
+    assert any(start + quarter < at < end - quarter for at in ticks)
+
+
+def test_buffers_that_a_program_moves_are_known_to_be_changed(library, monkeypatch):
     x, running = torch.randn(4, 3), Running(torch.zeros(3), torch.ones(3), torch.tensor(0), 0.1)
     before = [tensor._version for tensor in running[:3]]
     library.loaded.normalize(x, host.moments(x), None, None, 1e-5, False, None, *running)
     library.loaded.normalize(x, host.moments(x), None, None, 1e-5, False, None, *running[:2], None, 0.1)
     assert [tensor._version - old for tensor, old in zip(running[:3], before, strict=True)] == [2, 2, 1]
+    with torch.inference_mode():
+        unversioned = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    monkeypatch.setattr(triton, "_launchers", Known([]))
+    for compute in (host, triton):
+        compute.normalize(x, host.moments(x), Affine(None, None, 1e-5), Running(*unversioned, 0.1))
 
 
 def test_what_a_launch_raises_is_raised_and_nothing_is_kept(library, monkeypatch):
@@ -244,7 +314,7 @@ def test_no_more_plans_are_kept_than_there_is_room_for(library):
         asked.append(shape[0])
         return triton.plans.of.__wrapped__(*shape)
 
-    library.loaded.use(plan, triton.workspace, triton.stream, library.add, triton.HOOKS)
+    library.use(plans=plan)
     for n in [*range(1, 4098), 4097, 1, 1]:
         library.loaded.moments(torch.empty(n, 2))
     assert asked == [*range(1, 4098), 1]
@@ -264,7 +334,7 @@ def test_a_plan_that_is_forgotten_while_it_is_used_stays(library):
         launched.append((len(x), plan.numbers[0]))
         return library.add(number, x, plan, *more)
 
-    library.loaded.use(triton.plans.of.__wrapped__, workspace, triton.stream, add, triton.HOOKS)
+    library.use(plans=triton.plans.of.__wrapped__, workspace=workspace, launch=add)
     library.loaded.moments(torch.empty(1, 2))
     assert launched == [(n, n) for n in [*range(2, 4200), 1]]
 
@@ -282,7 +352,7 @@ def test_more_shapes_than_are_kept_on_several_threads(library):
         except Exception as error:
             wrong.append(error)
 
-    library.loaded.use(triton.plans.of.__wrapped__, triton.workspace, triton.stream, library.add, triton.HOOKS)
+    library.use(plans=triton.plans.of.__wrapped__)
     threads = [threading.Thread(target=launch, args=(range(1, 5000),)) for _ in range(3)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -335,48 +405,94 @@ def test_its_trial_is_of_its_own_functions(library, monkeypatch):
     assert host.problem("cpu").startswith("ZeroDivisionError: division by zero;")
 
 
-def test_a_library_of_another_torch_is_not_loaded_and_a_broken_one_said(tmp_path, caplog):
-    assert torch.__version__ in host.LIBRARY.name
+def test_where_it_does_not_work_python_launches(library, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_tried", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(host, "problem", lambda device: "a fault")
+    monkeypatch.setattr(triton, "problem", lambda device: None)
+    with caplog.at_level(logging.WARNING, "syncbn"):
+        assert [in_triton(3), in_triton(3)] == [triton, triton]
+    (record,) = caplog.records
+    assert "`python -m syncbn build` made does not work here (a fault): Python launches" in record.getMessage()
+
+
+def test_what_is_no_library_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "syncbn"):
         assert host.load(tmp_path / "none.so") is None
         assert caplog.records == []
         (tmp_path / "broken.so").write_bytes(b"no library")
         assert host.load(tmp_path / "broken.so") is None
     (record,) = caplog.records
-    assert "cannot be loaded" in record.getMessage()
     assert "broken.so" in record.getMessage()
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_what_a_compiler_says_is_said(compiler, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(host.build, "__defaults__", (tmp_path / "library.so",))
-    assert syncbn.__main__.main(["build"]) == 1
-    said = capsys.readouterr().err
-    assert ("given the C++ compiler 'no-such-compiler', which cannot be run" in said) or ("compiler failed: false -O2" in said)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_builds_what_processes_load_from_then_on(host_library, tmp_path, monkeypatch, capsys):
-    path = tmp_path / host.LIBRARY.name
+@pytest.fixture
+def compiler(host_library, tmp_path, monkeypatch):
+    """In place of a C++ compiler what copies the library; where it is to be is another folder than the package's."""
+    program = tmp_path / "compiler.py"
+    program.write_text(f"import shutil, sys\nshutil.copy({str(host_library)!r}, sys.argv[sys.argv.index('-o') + 1])\n")
+    (folder := tmp_path / "kernels").mkdir()
+    monkeypatch.setenv("CXX", shlex.join([sys.executable, str(program)]))
+    monkeypatch.setattr(host, "LIBRARY", folder / host.LIBRARY.name)
     monkeypatch.setattr(host, "library", None)
-    monkeypatch.setattr(host, "build", lambda: Path(path.write_bytes(host_library.read_bytes()) and path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert syncbn.__main__.main(["build"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("no-such-compiler -m64", "given the C++ compiler 'no-such-compiler', which cannot be run"),
+        ("false -x", "failed: false -x -O2"),
+    ],
+)
+def test_what_a_compiler_says_is_said(command, said, compiler, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", command)
+    assert main(["build"]) == 1
+    assert said in capsys.readouterr().err
+    assert list(compiler.iterdir()) == []
+
+
+def test_what_the_command_builds_takes_the_place_of_what_it_built_before(compiler, capsys):
+    of_other_source, of_other_torch = compiler / f"_host-0{host.ENDING}", compiler / "_host-0-2.0.so"
+    for old in (of_other_source, of_other_torch):
+        old.write_bytes(b"old")
+    assert main(["build"]) == 0
+    assert set(compiler.iterdir()) == {host.LIBRARY, of_other_torch}, "which another environment may load"
     assert host.library is not None
-    assert list(host_library.parent.iterdir()) == [host_library], "whole, and nothing is left beside it"
     said = capsys.readouterr().out
-    assert str(path) in said
-    assert "not tried: no GPU here" in said
+    assert str(host.LIBRARY) in said
+    assert "not tried, since there is no GPU here" in said
 
 
-def test_what_does_not_work_on_the_gpu_is_removed(host_library, tmp_path, monkeypatch, capsys):
-    path = tmp_path / host.LIBRARY.name
-    monkeypatch.setattr(host, "build", lambda: Path(path.write_bytes(host_library.read_bytes()) and path))
-    monkeypatch.setattr(host, "problem", lambda device: "a fault")
+@pytest.mark.parametrize("problem", [None, "a fault"])
+def test_what_does_not_work_on_the_gpu_is_not_kept(problem, compiler, monkeypatch, capsys):
+    host.LIBRARY.write_bytes(b"one that worked")
+    monkeypatch.setattr(host, "problem", lambda device: problem)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(host, "library", None)
-    assert syncbn.__main__.main(["build"]) == 1
-    assert "removed again, since it does not work on some GPU: a fault" in capsys.readouterr().err
-    assert not path.exists()
+    assert main(["build"]) == (problem is not None)
+    said = capsys.readouterr()
+    assert ("does not work on some GPU: a fault" in said.err) == (problem is not None)
+    assert ("which works on some GPU" in said.out) == (problem is None)
+    assert (host.LIBRARY.read_bytes() == b"one that worked") == (problem is not None)
+    assert list(compiler.iterdir()) == [host.LIBRARY]
+
+
+def test_processes_load_what_was_built_for_their_source_alone(compiler, tmp_path):
+    package = Path(syncbn.__file__).parent
+    shutil.copytree(package, tmp_path / "syncbn", ignore=shutil.ignore_patterns("_host-*", "__pycache__"))
+
+    def run(*arguments):
+        command, there = [sys.executable, *arguments], os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    which = ("-c", "from syncbn import kernels; print(kernels.in_triton().__name__)")
+    assert run(*which).strip() == "syncbn.kernels.triton"
+    assert f"built {tmp_path}" in run("-m", "syncbn", "build")
+    assert run(*which).strip() == "syncbn.kernels.host"
+    with (tmp_path / "syncbn/kernels/host.cpp").open("a") as source:
+        source.write("// changed")
+    assert run(*which).strip() == "syncbn.kernels.triton"

@@ -49,6 +49,12 @@ AXES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _launched_by(request, monkeypatch):
+    """Python, whatever was built here, or the host side in C++ where host_by_addresses.py is a plugin."""
+    monkeypatch.setattr(syncbn.kernels, "BY_LIBRARY", hasattr(request.config, "host"))
+
+
 @pytest.fixture
 def poisoned():
     """Memory that nothing was written to holds NaN."""

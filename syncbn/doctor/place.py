@@ -26,9 +26,7 @@ class Facts(NamedTuple):
     python: str
     torch: str
     syncbn: str
-    kernels: (
-        str  # compiled for this device, and launched by what `python -m syncbn build` made; or composed of torch's operators
-    )
+    kernels: str  # composed of torch's operators, or compiled; and whether C++ launches them
     cuda: str  # what torch was built for
     nccl: str
     driver: str  # of NVIDIA's GPUs

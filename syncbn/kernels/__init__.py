@@ -154,16 +154,15 @@ def in_triton(gpu: int | None = None) -> Compiled | None:
         return None
     if gpu is not None and torch.cuda.is_current_stream_capturing():
         return None
-    fast = host if BY_LIBRARY and host.library is not None else triton
-    problem = None if gpu is None else fast.problem(f"cuda:{gpu}")
-    _tried[key] = cast(Compiled, fast) if problem is None else None
-    if problem is not None:
-        logging.getLogger("syncbn").warning(
-            "the kernels in Triton do not work here (%s): batch norm is composed of PyTorch's operators, with the same results "
-            "but slower",
-            problem,
-        )
-    return _tried[key]
+    found = None
+    for fast in (host, triton) if BY_LIBRARY and host.library is not None else (triton,):
+        problem = None if gpu is None else fast.problem(f"cuda:{gpu}")
+        if problem is None:
+            found = cast(Compiled, fast)
+            break
+        logging.getLogger("syncbn").warning("%s (%s): %s, with the same results but slower", fast.WHAT, problem, fast.INSTEAD)
+    _tried[key] = found
+    return found
 
 
 def check_device(x: Tensor) -> None:

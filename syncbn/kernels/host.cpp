@@ -3,9 +3,10 @@
    Requirements
      - the launches are triton.py's: it plans, compiles and holds workspaces; here its answers are kept and programs launched;
      - what is rare is left to it: a function that does not know how to go on returns None;
-     - nothing of CUDA is called but what Triton made to launch by, so that all of it is built and tested without a GPU.
+     - nothing is linked but torch, and programs are launched by what Triton made: all is built and tested without a GPU.
 
-   Whatever calls Python may let another thread in: no reference into a container outlives such a call, but by its owner. */
+   Whatever calls Python may let another thread in: no reference into a container outlives such a call, but by its owner. What
+   calls torch is in `apart`, and nothing else is: threads of Python go on, and what they do to tensors is autograd's to see. */
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -49,10 +50,10 @@ struct Looks {
                dtypes == other.dtypes;
     }
 };
-/* As triton.py's Launcher. */
+/* As triton.py's Launcher, which keeps what it launches. */
 struct Launcher {
     Looks looks;
-    py::object run, function, metadata;
+    py::object made, run, function, metadata;
 };
 struct Plan {
     py::object made;
@@ -85,7 +86,8 @@ Plan plan_of(const py::object &made) {
         return found;
     };
     const auto number = [&](const char *name) { return made.attr(name).cast<int64_t>(); };
-    return {made, items("grid"), {made.attr("team")}, items("numbers"), items("cut"), number("counters"), number("partials"), {}};
+    return {made,         items("grid"),      {made.attr("team")}, items("numbers"),
+            items("cut"), number("counters"), number("partials"),  {}};
 }
 
 /* Of x (N, C, *), contiguous or channels_last: see layout.planes. */
@@ -102,6 +104,12 @@ std::shared_ptr<Plans> plans_of(const Tensor &x) {
 }
 
 /* ---- tensors ---- */
+/* What torch makes of tensors, below autograd. */
+template <typename Make> auto apart(const Make &make) {
+    const py::gil_scoped_release others_go_on;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return make();
+}
 constexpr c10::DispatchKeySet ELSEWHERE({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
                                          c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
@@ -116,9 +124,6 @@ Tensor like(const Tensor &dy, const Tensor &x) {
     return lies && dy.scalar_type() == x.scalar_type() && is_plain(dy) ? dy : at::empty_like(x).copy_(dy);
 }
 MaybeTensor like(const MaybeTensor &y, const Tensor &x) { return y ? MaybeTensor(like(*y, x)) : MaybeTensor(); }
-Tensor vector_like(const Tensor &message, int64_t size, at::ScalarType dtype) {
-    return at::empty({size}, message.options().dtype(dtype));
-}
 /* Whether x is on a GPU that is not the current one. */
 bool is_elsewhere(const Tensor &x) {
     return x.is_cuda() && c10::impl::getDeviceGuardImpl(x.device().type())->getDevice() != x.device();
@@ -141,7 +146,8 @@ struct Arguments {
 };
 
 /* By triton.py, which compiles the program if it has to. */
-void launch_there(const Looks &looks, const Tensor &x, Plan &plan, const Objects &team, const Arguments &arguments, bool is_new) {
+void launch_there(const Looks &looks, const Tensor &x, Plan &plan, const Objects &team, const Arguments &arguments,
+                  bool is_new) {
     py::list tensors, numbers, constants;
     for (const Tensor *tensor : arguments.tensors) tensors.append(tensor ? py::cast(*tensor) : py::none());
     for (const py::object &number : team) numbers.append(number);
@@ -151,12 +157,12 @@ void launch_there(const Looks &looks, const Tensor &x, Plan &plan, const Objects
         given->launch(int(looks.program), x, plan.made, py::tuple(tensors), py::tuple(numbers), py::tuple(constants));
     if (!is_new || made.is_none()) return;
     plan.launchers.push_back(
-        std::make_shared<Launcher>(Launcher{looks, made.attr("run"), made.attr("function"), made.attr("metadata")}));
+        std::make_shared<Launcher>(Launcher{looks, made, made.attr("run"), made.attr("function"), made.attr("metadata")}));
 }
 
 /* By what Triton calls itself. */
 void launch_here(const Launcher &known, const Tensor &x, const Plan &plan, const Objects &team, const Arguments &arguments,
-                 const std::array<const void *, MOST_TENSORS> &addresses) {
+                 const std::array<void *, MOST_TENSORS> &addresses) {
     PyObject *all[MOST_ARGUMENTS], *owned[MOST_OWNED];
     int count = 0, owns = 0;
     const auto put = [&](const py::object &object) { all[count++] = object.ptr(); };
@@ -167,7 +173,7 @@ void launch_here(const Launcher &known, const Tensor &x, const Plan &plan, const
     for (int nothing = 0; nothing < 3; ++nothing) all[count++] = Py_None; // metadata and functions for hooks
     for (size_t i = 0; i < arguments.tensors.size(); ++i) {
         if (known.looks.dtypes[i] == NONE) all[count++] = Py_None;
-        else own(PyLong_FromVoidPtr(const_cast<void *>(addresses[i])));
+        else own(PyLong_FromVoidPtr(addresses[i]));
     }
     for (const py::object &number : team) put(number);
     for (double number : arguments.numbers) own(PyFloat_FromDouble(number));
@@ -183,10 +189,14 @@ void launch_here(const Launcher &known, const Tensor &x, const Plan &plan, const
 
 void launch(Program program, const Tensor &x, Plan &plan, const Arguments &arguments, const Objects &team = {}) {
     Looks looks{program, int8_t(x.get_device()), 0, 0, {}};
-    std::array<const void *, MOST_TENSORS> addresses{};
+    std::array<void *, MOST_TENSORS> addresses{};
+    const size_t tensors = arguments.tensors.size(), owned = tensors + arguments.numbers.size();
+    const size_t others =
+        plan.grid.size() + 6 + team.size() + plan.numbers.size() + arguments.constants.size() + plan.cut.size();
+    TORCH_CHECK(tensors <= MOST_TENSORS && owned <= MOST_OWNED && owned + others <= MOST_ARGUMENTS, "too many arguments");
     int i = 0;
     for (const Tensor *tensor : arguments.tensors) {
-        addresses[i] = tensor ? tensor->const_data_ptr() : nullptr;
+        addresses[i] = tensor ? tensor->data_ptr() : nullptr;
         looks.dtypes[i] = tensor ? int8_t(tensor->scalar_type()) : NONE;
         looks.odd |= uint16_t(uintptr_t(addresses[i]) % 16 != 0) << i;
         ++i;
@@ -225,13 +235,15 @@ bool takes(const Tensor &x) {
 
 MaybeTensor moments(const Tensor &x) {
     if (is_elsewhere(x)) return {};
-    at::AutoDispatchBelowADInplaceOrView below;
     const auto plans = plans_of(x);
-    const Tensor message = at::empty({2 * x.size(1) + 1}, x.options().dtype(at::kDouble));
+    const Tensor message = apart([&] { return at::empty({2 * x.size(1) + 1}, x.options().dtype(at::kDouble)); });
     const Splits splits(x, plans->sums);
     launch(MOMENTS, x, plans->sums, {{&x, &message, &splits.partials, &splits.counters}, {}, {}}, plans->sums.team);
     return message;
 }
+
+/* What a float does not hold of a number. */
+double rest(double number) { return std::isfinite(number) ? number - float(number) : 0; }
 
 /* y and the statistics to save. */
 py::object normalize(const Tensor &x, const Tensor &message, const MaybeTensor &weight, const MaybeTensor &bias, double eps,
@@ -240,18 +252,15 @@ py::object normalize(const Tensor &x, const Tensor &message, const MaybeTensor &
     for (const MaybeTensor *vector : {&weight, &bias, &mean, &var})
         if (!is_vector(*vector)) return py::none();
     if (is_elsewhere(x)) return py::none();
-    at::AutoDispatchBelowADInplaceOrView below;
     const auto plans = plans_of(x);
-    const Tensor y = at::empty_like(x), statistics = at::empty_like(message);
-    const MaybeTensor added = like(residual, x);
-    const double eps_hi = float(eps), momentum_hi = float(momentum); // triton.py's _pair
-    const double eps_lo = std::isfinite(eps) ? eps - eps_hi : 0, momentum_lo = std::isfinite(momentum) ? momentum - momentum_hi : 0;
+    const auto [y, statistics, added] =
+        apart([&] { return std::make_tuple(at::empty_like(x), at::empty_like(message), like(residual, x)); });
     launch(NORMALIZE, x, plans->elements,
            {{&x, &y, in(added), &message, &statistics, in(weight), in(bias), in(mean), in(var), in(tracked)},
-            {eps_hi, eps_lo, momentum_hi, momentum_lo},
+            {float(eps), rest(eps), float(momentum), rest(momentum)},
             {relu, false}});
     for (const MaybeTensor *moved : {&mean, &var, &tracked})
-        if (*moved) (*moved)->unsafeGetTensorImpl()->bump_version();
+        if (*moved && !(*moved)->is_inference()) (*moved)->unsafeGetTensorImpl()->bump_version();
     return py::make_tuple(y, statistics);
 }
 
@@ -260,13 +269,15 @@ py::object gradient_sums(const Tensor &dy, const Tensor &x, const Tensor &statis
                          const MaybeTensor &bias, const MaybeTensor &y, bool relu) {
     const bool by_x = relu && !y;
     if (is_elsewhere(x) || (by_x && !(is_vector(weight) && is_vector(bias)))) return py::none();
-    at::AutoDispatchBelowADInplaceOrView below;
     const auto plans = plans_of(x);
     const int64_t c = x.size(1);
-    const auto dtype = weight && weight->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor gradient = like(dy, x), message = vector_like(statistics, 2 * c, at::kDouble);
-    const Tensor dweight = vector_like(statistics, c, dtype), dbias = vector_like(statistics, c, dtype);
-    const MaybeTensor by_y = like(y, x), passed = y ? MaybeTensor(at::empty_like(x)) : MaybeTensor();
+    const auto wide = statistics.options(), narrow = wide.dtype(at::kFloat); // float64
+    const auto of_weight = weight && weight->scalar_type() == at::kDouble ? wide : narrow;
+    const auto [gradient, by_y, passed] = apart([&] {
+        return std::make_tuple(like(dy, x), like(y, x), y ? MaybeTensor(at::empty_like(x)) : MaybeTensor());
+    });
+    const auto [message, dweight, dbias] =
+        apart([&] { return std::make_tuple(at::empty({2 * c}, wide), at::empty({c}, of_weight), at::empty({c}, of_weight)); });
     const Splits splits(x, plans->sums);
     launch(GRADIENT_SUMS, x, plans->sums,
            {{&gradient, &x, in(by_y), in(passed), &statistics, by_x ? in(weight) : nullptr, by_x ? in(bias) : nullptr, &message,
@@ -280,11 +291,9 @@ py::object gradient_sums(const Tensor &dy, const Tensor &x, const Tensor &statis
 MaybeTensor input_gradient(const Tensor &dy, const Tensor &x, const Tensor &statistics, const MaybeTensor &weight,
                            const MaybeTensor &bias, bool by_x, const Tensor &message) {
     if (is_elsewhere(x) || !is_vector(weight) || !is_vector(bias)) return {};
-    at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor dx = at::empty_like(x);
+    const auto [gradient, dx] = apart([&] { return std::make_tuple(like(dy, x), at::empty_like(x)); });
     if (x.numel() == 0) return dx;
     const auto plans = plans_of(x);
-    const Tensor gradient = like(dy, x);
     launch(INPUT_GRADIENT, x, plans->elements,
            {{&gradient, &x, &dx, &message, &statistics, in(weight), in(bias)}, {}, {by_x}});
     return dx;

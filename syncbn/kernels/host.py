@@ -2,16 +2,18 @@
 
 Requirements
     - the same launches: plans, programs and workspaces are triton.py's, and so is what host.cpp does not know how to do;
-    - a library is of one release of torch and of Python, by its name, and is built when a user asks: never while ranks wait.
+    - a library is of one host.cpp, one release of torch and one of Python, by its name, so that no other is loaded; it is built
+      when a user asks, never while ranks wait.
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import Any, cast
@@ -22,37 +24,36 @@ from torch import Tensor
 from . import Affine, GradientSums, Kernels, Running, Saved, keep, plans, triton
 from .layout import PLAIN, is_watched
 
+WHAT, INSTEAD = "what `python -m syncbn build` made does not work here", "Python launches the kernels in Triton"
 SOURCE = Path(__file__).with_name("host.cpp")
-LIBRARY = Path(__file__).with_name(f"_host-{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}")
+DIGEST = hashlib.sha256(SOURCE.read_bytes() if SOURCE.exists() else b"").hexdigest()[:12]
+ENDING = f"-{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
+LIBRARY = Path(__file__).with_name(f"_host-{DIGEST}{ENDING}")
 PROGRAMS = ("moments", "normalize", "gradient_sums", "input_gradient")  # as host.cpp numbers them
-SECONDS = 600.0  # that a compiler may take
 
 
-def build(to: Path = LIBRARY) -> Path:
-    """Compile host.cpp, in half a minute, for the torch and the Python that run; where the library is, whole or not at all.
+def build(to: Path) -> Path:
+    """Compile host.cpp for the torch and the Python that run, which takes a quarter of a minute; `to`, the library.
 
     Raises:
         RuntimeError: there is no C++ compiler (CXX, or c++), or it failed; what it said is in the message.
-        OSError: the folder cannot be written.
     """
     root, python = Path(torch.__file__).parent, sysconfig.get_paths()["include"]
     folders = (root / "include", root / "include/torch/csrc/api/include", python)
-    command = [os.environ.get("CXX", "c++"), "-O2", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    command = [*compiler, "-O2", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(to)]
     command += [f"-I{folder}" for folder in folders] + [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
-    with tempfile.TemporaryDirectory(dir=to.parent, prefix="_host-") as directory:
-        made = Path(directory) / "library"
-        try:
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=SECONDS, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise RuntimeError(f"given the C++ compiler {command[0]!r}, which cannot be run: {error}") from error
-        if done.returncode:
-            raise RuntimeError(f"the C++ compiler failed: {' '.join(command)}\n{done.stderr}")
-        made.replace(to)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"given the C++ compiler {compiler[0]!r}, which cannot be run: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"the C++ compiler failed: {shlex.join(command)}\n{done.stderr}")
     return to
 
 
 def load(path: Path = LIBRARY) -> Any:
-    """The library; None if it was not built for this torch and this Python, or, said in the log, cannot be loaded."""
+    """The library; None if it is not there, or, said in the log, is none."""
     if not path.exists():
         return None
     loader = ExtensionFileLoader("syncbn.kernels._host", str(path))
@@ -60,16 +61,24 @@ def load(path: Path = LIBRARY) -> Any:
     assert spec is not None
     try:
         module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
     except ImportError as error:
-        logging.getLogger("syncbn").warning(
-            "the library that `python -m syncbn build` made cannot be loaded (%s): Python launches the kernels in Triton, "
-            "with the same results but slower where tensors are small; build it again",
-            error,
-        )
+        logging.getLogger("syncbn").warning("%s (%s): %s, with the same results but slower", WHAT, error, INSTEAD)
         return None
-    loader.exec_module(module)
-    module.use(plans.of, triton.workspace, triton.stream, _launch, triton.HOOKS)
+    use(module)
     return module
+
+
+def use(module: Any, **others: Any) -> None:
+    """Give a library what it calls; `others` in place of some."""
+    given = {
+        "plans": plans.of,
+        "workspace": triton.workspace,
+        "stream": triton.stream,
+        "launch": _launch,
+        "hooks": triton.HOOKS,
+    }
+    module.use(*(given | others).values())
 
 
 def _launch(number: int, *given: Any) -> Any:

@@ -24,6 +24,7 @@ from .layout import is_channels_last, is_plain, is_watched, like, planes
 from .plans import Plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WHAT, INSTEAD = "the kernels in Triton do not work here", "batch norm is composed of PyTorch's operators"
 OPTIONS = {"enable_fp_fusion": True}  # products are added unrounded; releases of Triton differ in what they do unasked
 
 HOOKS = triton.knobs.runtime  # what has those that Triton calls at a launch
