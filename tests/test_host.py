@@ -281,6 +281,33 @@ def test_buffers_that_a_program_moves_are_known_to_be_changed(library, monkeypat
         compute.normalize(x, host.moments(x), Affine(None, None, 1e-5), Running(*unversioned, 0.1))
 
 
+def test_a_buffer_that_shares_its_memory_until_it_is_written_to_gets_its_own(library):
+    x, mean = torch.randn(4, 3), torch._lazy_clone(torch.zeros(3))
+    assert torch._C._is_cow_tensor(mean)
+    for buffer in (torch.zeros(3), mean):
+        library.loaded.normalize(x, host.moments(x), None, None, 1e-5, False, None, buffer, torch.ones(3), None, 0.1)
+    assert seen, "it was launched by the address"
+    assert not torch._C._is_cow_tensor(mean)
+
+
+def test_what_was_compiled_is_kept(library):
+    """Triton unloads a program when it goes."""
+    compiled = []
+
+    class Compiled:
+        run, function, metadata = max, 0, 0
+
+    def launch(*given):
+        compiled.append(weakref.ref(one := Compiled()))
+        return one
+
+    library.use(launch=launch)
+    library.loaded.moments(torch.randn(4, 3))
+    gc.collect()
+    assert compiled[0]() is not None
+    library.use()
+
+
 def test_what_a_launch_raises_is_raised_and_nothing_is_kept(library, monkeypatch):
     x = torch.randn(4, 3)
     host.moments(x)
