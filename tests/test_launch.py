@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,9 @@ def alone(*options: object) -> None:
     place = train.start(10)
     try:
         train.train(parsed, place)
+    except BaseException as error:  # whose frames hold the model: it goes before the group (see launch/README.md)
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         dist.destroy_process_group()
 
