@@ -22,7 +22,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         from .kernels import host
     except ImportError as error:
-        print(f"given a Python without {error.name}; expected Triton, which the kernels are written in", file=sys.stderr)
+        print(
+            f"given a Python without {error.name}; expected Triton, which the kernels are written in and torch for CUDA brings",
+            file=sys.stderr,
+        )
         return 1
     try:
         with tempfile.TemporaryDirectory(dir=host.LIBRARY.parent, prefix="_host-") as directory:

@@ -506,6 +506,13 @@ def test_what_does_not_work_on_the_gpu_is_not_kept(problem, compiler, monkeypatc
     assert list(compiler.iterdir()) == [host.LIBRARY]
 
 
+def test_without_triton_nothing_is_built():
+    program = "import sys; sys.modules['triton'] = None; from syncbn.__main__ import main; sys.exit(main(['build']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("given a Python without triton; expected Triton, which the kernels are written in")
+
+
 def test_processes_load_what_was_built_for_their_source_alone(compiler, tmp_path):
     package = Path(syncbn.__file__).parent
     shutil.copytree(package, tmp_path / "syncbn", ignore=shutil.ignore_patterns("_host-*", "__pycache__"))
