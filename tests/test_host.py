@@ -18,9 +18,8 @@ from typing import ClassVar
 import batches
 import pytest
 import torch
-from allpairspy import AllPairs
 from gpus import needs_cxx
-from test_triton import DTYPES, FUNCTIONS, INTERPRETED, LAYOUTS, the_interpreter_lacks
+from test_triton import FUNCTIONS, INTERPRETED, all_that_differs, step, the_interpreter_lacks
 from torch._subclasses import FakeTensorMode
 
 import syncbn
@@ -84,13 +83,6 @@ def library(host_library, monkeypatch):
     return found
 
 
-def step(compute, x, affine, running):
-    message = compute.moments(x)
-    _, saved = compute.normalize(x, message, affine, running)
-    compute.gradient_sums(x, x, saved)
-    compute.input_gradient(x, x, saved, message[:-1].clone())
-
-
 def given_to(x, affine, running):
     tensors = [x, affine.weight, affine.bias, affine.residual, *(running or ())]
     return {tensor.data_ptr(): tensor.dtype for tensor in tensors if isinstance(tensor, torch.Tensor)}
@@ -98,38 +90,18 @@ def given_to(x, affine, running):
 
 def test_what_is_made_for_some_arguments_is_launched_for_no_others(library, monkeypatch):
     """Every pair of all that makes arguments differ, twice: by the same numbers, on the same grids, as Python launches them."""
-    axes = {
-        "shape": [(6, 33, 5, 5), (6, 48, 5, 5), (6, 33, 4, 4), (6, 1), (6, 48), (5, 32, 64, 64), (0, 3, 2), (2, 3, 2, 2, 2)],
-        "dtype": DTYPES,
-        "layout": LAYOUTS,
-        "offset": [0, 1, 4, 8],
-        "parameters": [None, torch.float32, torch.bfloat16, torch.float64],
-        "running": [None, 0.1, 1, math.inf],
-        "eps": [1, 1e-5, math.inf],
-        "fused": batches.FUSED,
-    }
-    cases = list(AllPairs(list(axes.values())))
     by_python, sizes, workspace = [], [], triton.workspace
     monkeypatch.setattr(triton, "_launchers", Known(by_python))
     monkeypatch.setattr(triton, "workspace", lambda x, *given: sizes.append(given) or workspace(x, *given))
     library.use()
-    for shape, dtype, layout, offset, parameters, momentum, eps, fused in [*cases, *cases]:
-        x = torch.empty(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
-        c, residual = shape[1], None
-        if layout == "channels_last":
-            x = batches.lay_out(x, layout)
-        if fused == "add relu":
-            residual = torch.empty_like(x)
-        vector = None if parameters is None else torch.empty(c + offset, dtype=parameters)[offset:]
-        running = None if momentum is None else Running(torch.empty(c), torch.empty(c), torch.tensor(0), momentum)
-        affine = Affine(vector, vector, eps, fused != "none", residual)
+    for x, affine, running in all_that_differs():
         monkeypatch.setattr(Launched, "dtypes", given_to(x, affine, running))
         seen.clear()
         by_python.clear()
-        step(host, x, affine, running)
+        step(x, affine, running, host)
         asked = {*sizes[:2], *sizes[-2:]}
         sizes.clear()
-        step(triton, x, affine, running)
+        step(x, affine, running, triton)
         assert asked == {*sizes}
         sizes.clear()
         given = set(Launched.dtypes)

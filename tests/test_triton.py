@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -398,8 +399,8 @@ def compiled(monkeypatch):
     return lambda: [len(program.compiled) for program in stand_ins]
 
 
-def step(x, affine=None, running=None):
-    kernels = in_triton()
+def step(x, affine=None, running=None, kernels=None):
+    kernels = kernels or in_triton()
     affine = Affine(None, None, 1e-5, True, x) if affine is None else affine
     message = kernels.moments(x)
     _, saved = kernels.normalize(x, message, affine, running)
@@ -416,20 +417,20 @@ def test_no_size_of_a_batch_compiles_programs_of_its_own(space, layout, compiled
     assert compiled() == [1, 1, 1, 1]
 
 
-@not_interpreted
-def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled, monkeypatch):
-    """Every pair of all that makes arguments differ, twice, the second time by what was compiled."""
+def all_that_differs() -> Iterator[tuple[torch.Tensor, Affine, Running | None]]:
+    """Every pair of what makes the arguments of two launches differ, twice."""
     axes = {
-        "shape": [(6, 33, 5, 5), (6, 48, 5, 5), (6, 33, 4, 4), (6, 1), (6, 48), (5, 32, 64, 64)],
+        "shape": [(6, 33, 5, 5), (6, 48, 5, 5), (6, 33, 4, 4), (6, 1), (6, 48), (5, 32, 64, 64), (0, 3, 2), (2, 3, 2, 2, 2)],
         "dtype": DTYPES,
         "layout": LAYOUTS,
         "offset": [0, 1, 4, 8],
-        "parameters": [None, torch.float32, torch.bfloat16],
+        "parameters": [None, torch.float32, torch.bfloat16, torch.float64],
         "running": [None, 0.1, 1, math.inf],
+        "eps": [1, 1e-5, math.inf],
         "fused": batches.FUSED,
     }
     cases = list(AllPairs(list(axes.values())))
-    for shape, dtype, layout, offset, parameters, momentum, fused in [*cases, *cases]:
+    for shape, dtype, layout, offset, parameters, momentum, eps, fused in [*cases, *cases]:
         x = torch.empty(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
         c, residual = shape[1], None
         if layout == "channels_last":
@@ -438,7 +439,14 @@ def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled,
             residual = torch.empty_like(x)
         vector = None if parameters is None else torch.empty(c + offset, dtype=parameters)[offset:]
         running = None if momentum is None else Running(torch.empty(c), torch.empty(c), torch.tensor(0), momentum)
-        step(x, Affine(vector, vector, 1, fused != "none", residual), running)
+        yield x, Affine(vector, vector, eps, fused != "none", residual), running
+
+
+@not_interpreted
+def test_what_it_compiles_for_some_arguments_is_launched_for_no_others(compiled, monkeypatch):
+    """Every pair of all that makes arguments differ, twice, the second time by what was compiled."""
+    for x, affine, running in all_that_differs():
+        step(x, affine, running)
     for offset in (0, 4, 8):  # of 2 bytes: 16 and then 8 divide the address
         step(torch.empty(6 * 48 + offset, dtype=torch.bfloat16)[offset:].view(6, 48))
     assert min(compiled()) > 10
