@@ -19,7 +19,7 @@ import batches
 import pytest
 import torch
 from gpus import needs_cxx
-from test_triton import FUNCTIONS, INTERPRETED, all_that_differs, step, the_interpreter_lacks
+from test_triton import FUNCTIONS, INTERPRETED, all_that_differs, by_the_interpreter, step, the_interpreter_lacks
 from torch._subclasses import FakeTensorMode
 
 import syncbn
@@ -32,8 +32,6 @@ pytestmark = [
     needs_cxx,
     pytest.mark.skipif(INTERPRETED, reason="the interpreter is for test_triton.py"),
 ]
-TESTS = Path(__file__).parent
-OPTIONS = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "host_by_addresses", "-k")
 
 if in_triton() is not None:
     import host_by_addresses
@@ -44,18 +42,9 @@ if in_triton() is not None:
 @pytest.mark.skipif(bool(the_interpreter_lacks()), reason=the_interpreter_lacks())
 @pytest.mark.timeout(300)
 def test_values_by_the_interpreter(host_library):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *OPTIONS, "not interpreter and not compiles", str(TESTS / "test_triton.py")],
-        cwd=TESTS.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1", "HOST_LIBRARY": str(host_library), "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
-    *_, calls = (line for line in done.stdout.splitlines() if line.startswith("by addresses: "))
+    library = {"HOST_LIBRARY": str(host_library), "PYTHONPATH": str(Path(__file__).parent)}
+    said = by_the_interpreter("-p", "host_by_addresses", **library)
+    *_, calls = (line for line in said.splitlines() if line.startswith("by addresses: "))
     assert int(calls.split()[2]) > 50, calls
 
 

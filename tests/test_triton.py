@@ -75,14 +75,13 @@ def the_interpreter_lacks() -> str:
     return "needs triton 3.7, or numpy before 2.4" if ours < (3, 7) and theirs >= (2, 4) else ""
 
 
-@not_interpreted
-@pytest.mark.skipif(bool(the_interpreter_lacks()), reason=the_interpreter_lacks())
-@pytest.mark.timeout(300)
-def test_by_the_interpreter():
+def by_the_interpreter(*options: str, **more: str) -> str:
+    """What pytest prints of this file, where nothing is compiled; `more` in its environment."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *options]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not interpreter and not compiles", __file__],
+        [*command, "-k", "not interpreter and not compiles", __file__],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1"} | more,
         capture_output=True,
         text=True,
         timeout=280,
@@ -90,6 +89,14 @@ def test_by_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+    return done.stdout
+
+
+@not_interpreted
+@pytest.mark.skipif(bool(the_interpreter_lacks()), reason=the_interpreter_lacks())
+@pytest.mark.timeout(300)
+def test_by_the_interpreter():
+    by_the_interpreter()
 
 
 def small(monkeypatch, tile: int = 16, programs: int = 8, wide: int = 2**31, team: int = 2):
