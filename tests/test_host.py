@@ -157,20 +157,20 @@ def test_what_is_rare_is_left_to_python(what, library, monkeypatch):
         monkeypatch.setattr(triton, name, lambda *given, name=name: left.append(name) or (None, None))
     x, vector = torch.randn(4, 3, 5), torch.rand(3)
     running, affine = Running(vector, vector, torch.tensor(0), 0.1), Affine(vector, vector, 1e-5, True)
-    apart, step_back = torch.rand(3, 2)[:, 0], host.moments(x)
-    _, saved = host.normalize(x, step_back, affine, None)
+    apart, message = torch.rand(3, 2)[:, 0], host.moments(x)
+    _, saved = host.normalize(x, message, affine, None)
     if what == "running":
-        host.normalize(x, step_back, affine, running._replace(mean=apart))
-        host.normalize(x, step_back, affine, running._replace(var=apart))
+        host.normalize(x, message, affine, running._replace(mean=apart))
+        host.normalize(x, message, affine, running._replace(var=apart))
     elif what == "average":
-        host.normalize(x, step_back, affine, running._replace(momentum=None))
+        host.normalize(x, message, affine, running._replace(momentum=None))
     elif what == "weight":
-        host.normalize(x, step_back, affine._replace(weight=apart), running)
+        host.normalize(x, message, affine._replace(weight=apart), running)
         host.gradient_sums(x, x, saved._replace(bias=apart))
-        host.input_gradient(x, x, saved._replace(weight=apart), step_back)
+        host.input_gradient(x, x, saved._replace(weight=apart), message)
     else:
         for bias in (torch._neg_view(vector), FakeTensorMode().from_tensor(vector)):
-            host.normalize(x, step_back, affine._replace(bias=bias), running)
+            host.normalize(x, message, affine._replace(bias=bias), running)
     expected = {"weight": ["normalize", "gradient_sums", "input_gradient"], "average": ["normalize"]}
     assert left == expected.get(what, ["normalize"] * 2)
 
@@ -220,13 +220,16 @@ def test_another_thread_goes_on_while_torch_copies(library):
     library.loaded.gradient_sums(x.t(), x, *saved)
     other = threading.Thread(target=tick)
     other.start()
-    start = time.perf_counter()
-    library.loaded.gradient_sums(x.t(), x, *saved)
-    end = time.perf_counter()
+    meanwhile = []
+    for _ in range(5):  # on a loaded machine the other one may be late
+        start = time.perf_counter()
+        library.loaded.gradient_sums(x.t(), x, *saved)
+        end = time.perf_counter()
+        quarter = (end - start) / 4
+        meanwhile += [at for at in ticks if start + quarter < at < end - quarter]
     ended.set()
     other.join(60)
-    quarter = (end - start) / 4
-    assert any(start + quarter < at < end - quarter for at in ticks)
+    assert meanwhile
 
 
 def test_buffers_that_a_program_moves_are_known_to_be_changed(library, monkeypatch):
