@@ -1,6 +1,6 @@
 """What a group costs: the two collectives of a layer, by the size of the group, on one machine with Gloo.
 
-    python benchmarks/groups.py [--world-size 4] [--channels 64 512 2048] [--repeats 200]
+    python benchmarks/groups.py [--world-size 4] [--channels 64 512 2048] [--repeats 200] [--timeout 300]
 
 Every group of the world runs at the same time, as in training. Prints medians with quartiles and appends them to
 results/groups.csv.
@@ -8,22 +8,20 @@ results/groups.csv.
 
 import argparse
 import statistics
-import tempfile
+import sys
 import time
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from syncbn import collectives
-from syncbn.bench import rows
+from syncbn.bench import processes, rows
+from syncbn.bench.run import positive, whole
 from syncbn.collectives import Call, Group
 
 
-def measure(rank: int, world_size: int, store: str, channels: list[int], repeats: int, answers) -> None:
-    """The microseconds of a forward and a backward message, interleaved over the group sizes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def measure(rank: int, world_size: int, channels: list[int], repeats: int) -> list[tuple[int, int, list[float]]]:
+    """By group size and channels, interleaved, the microseconds of a forward and a backward message."""
     groups = {size: Group(group_size=size).resolve() for size in range(2, world_size + 1) if world_size % size == 0}
     taken: dict[tuple[int, int], list[float]] = {}
     for _ in range(repeats):
@@ -36,24 +34,24 @@ def measure(rank: int, world_size: int, store: str, channels: list[int], repeats
                 collectives.all_reduce(forward, call)
                 collectives.all_reduce(backward, call)
                 taken.setdefault((size, count), []).append((time.perf_counter() - start) * 1e6)
-    if rank == 0:
-        answers.put(taken)
-    dist.barrier()
-    dist.destroy_process_group()
+    return [(size, count, microseconds) for (size, count), microseconds in taken.items()]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world-size", type=int, default=4)
-    parser.add_argument("--channels", type=int, nargs="+", default=[64, 512, 2048])
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--world-size", type=whole(2), default=4)
+    parser.add_argument("--channels", type=whole(1), nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--repeats", type=whole(2), default=200)
+    parser.add_argument("--timeout", type=positive, default=300.0, help="seconds")
     options = parser.parse_args()
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (options.world_size, f"{directory}/store", options.channels, options.repeats, answers)
-        torch.multiprocessing.spawn(measure, arguments, nprocs=options.world_size)
+    arguments = {"channels": options.channels, "repeats": options.repeats}
+    try:
+        answers = processes.run("groups:measure", arguments, options.world_size, options.timeout)
+    except processes.ProcessError as error:
+        print(f"nothing is reported: {error}", file=sys.stderr)
+        return 1
     measured = []
-    for (size, channels), microseconds in answers.get().items():
+    for size, channels, microseconds in answers[0]:
         low, middle, high = statistics.quantiles(microseconds, n=4)
         measured.append(
             {
@@ -68,7 +66,8 @@ def main() -> None:
         )
         print(f"group of {size}, {channels:5d} channels: {middle:6.0f} µs forward and backward ({low:.0f} to {high:.0f})")
     print(rows.said(rows.append("groups", measured)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

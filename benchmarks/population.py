@@ -1,6 +1,7 @@
 """Population statistics: ours, torch's `swa_utils.update_bn` and fvcore's `update_bn_stats`, on ranks with shares of the data.
 
-    python benchmarks/population.py [--world-size 4] [--batch-size 32] [--seeds 5]        (fvcore: pip install fvcore)
+    python benchmarks/population.py [--world-size 4] [--batch-size 32] [--seeds 5] [--timeout 1800]
+    (fvcore: pip install fvcore)
 
 Trains a small network on scikit-learn's digits (one process, or rather every rank the same), then lets the ranks estimate the
 population statistics in each way, every rank from its share of the training images: 1, 2, 3, ... parts of each mini-batch.
@@ -15,21 +16,21 @@ import argparse
 import copy
 import logging
 import statistics
-import tempfile
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import fvcore.nn.precise_bn as fvcore
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import syncbn
-from syncbn.bench import rows
+from syncbn.bench import processes, rows
+from syncbn.bench.run import positive, whole
 
 TRAINED = 1437  # images; the others are held out
 State = dict[str, Tensor]
@@ -54,8 +55,8 @@ def trained(images: Tensor, labels: Tensor, batch_size: int, seed: int) -> nn.Mo
     return model
 
 
-def whole(model: nn.Module, batches: list[Tensor]) -> State:
-    """The definition: mean and unbiased variance of each mini-batch in float64, weighted by the number of its values."""
+def definition(model: nn.Module, batches: list[Tensor]) -> State:
+    """Mean and unbiased variance of each mini-batch in float64, weighted by the number of its values."""
     model = copy.deepcopy(model).double().train()
     sums: dict[str, list[Any]] = {name: [0, 0, 0] for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
 
@@ -103,11 +104,9 @@ def ways(shares: list[Tensor]) -> dict[str, Callable[[nn.Module], Any]]:
     }
 
 
-def measure(rank: int, world_size: int, store: str, batch_size: int, seeds: int, answers: Any) -> None:
-    """For each way and seed, on rank 0: the error, the disagreement and the accuracies of the ranks."""
-    torch.set_num_threads(1)
+def measure(rank: int, world_size: int, batch_size: int, seeds: int) -> dict[str, list[tuple[float, float, list[float]]]]:
+    """For each way and seed: the error, the disagreement and the accuracies of the ranks."""
     logging.disable(logging.INFO)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
     found: dict[str, list[tuple[float, float, list[float]]]] = {}
@@ -117,7 +116,7 @@ def measure(rank: int, world_size: int, store: str, batch_size: int, seeds: int,
         parts = world_size * (world_size + 1) // 2
         mine = slice(rank * (rank + 1) // 2, (rank + 1) * (rank + 2) // 2)
         shares = [torch.cat(batch.tensor_split(parts)[mine]) for batch in batches]
-        expected = whole(model, batches)
+        expected = definition(model, batches)
         for name, estimate in ways(shares).items():
             copied = copy.deepcopy(model)
             estimate(copied)
@@ -128,24 +127,24 @@ def measure(rank: int, world_size: int, store: str, batch_size: int, seeds: int,
             error = max(off(state, expected) for state, _ in states)
             apart = max(off(state, states[0][0]) for state, _ in states)
             found.setdefault(name, []).append((error, apart, [accuracy for _, accuracy in states]))
-    if rank == 0:
-        answers.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world-size", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=32, help="images of all ranks in a mini-batch")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--world-size", type=whole(1), default=4)
+    parser.add_argument("--batch-size", type=whole(1), default=32, help="images of all ranks in a mini-batch")
+    parser.add_argument("--seeds", type=whole(1), default=5)
+    parser.add_argument("--timeout", type=positive, default=1800.0, help="seconds")
     options = parser.parse_args()
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (options.world_size, f"{directory}/store", options.batch_size, options.seeds, answers)
-        torch.multiprocessing.spawn(measure, arguments, nprocs=options.world_size)
+    arguments = {"batch_size": options.batch_size, "seeds": options.seeds}
+    try:
+        answers = processes.run("population:measure", arguments, options.world_size, options.timeout)
+    except processes.ProcessError as error:
+        print(f"nothing is reported: {error}", file=sys.stderr)
+        return 1
     measured = []
-    for name, runs in answers.get().items():
+    for name, runs in answers[0].items():
         errors, aparts, accuracies = zip(*runs, strict=True)
         measured.append(
             {
@@ -167,7 +166,8 @@ def main() -> None:
             f"accuracy {row['accuracy_mean_of_worst_rank']} to {row['accuracy_mean_of_best_rank']}"
         )
     print(rows.said(rows.append("population", measured)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

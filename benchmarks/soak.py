@@ -1,6 +1,6 @@
 """A long run of a small network: what grows, and whether ranks stay the same to the bit.
 
-    python benchmarks/soak.py [--steps 10000] [--world-size 2] [--checked]
+    python benchmarks/soak.py [--steps 10000] [--world-size 2] [--checked] [--timeout 1800]
 
 Each rank trains a network with two batch norm layers in DistributedDataParallel on shares that change their size at each step,
 empty ones included. Open files, threads and resident memory are read after a tenth of the steps and at the end. Prints them and
@@ -11,17 +11,17 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from syncbn.bench import rows
+from syncbn.bench import processes, rows
+from syncbn.bench.run import positive, whole
 
 LIMIT = 2**20  # bytes
 
@@ -33,9 +33,7 @@ def figures() -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), resident
 
 
-def soak(rank: int, world_size: int, store: str, steps: int, checked: bool, answers) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def soak(rank: int, world_size: int, steps: int, checked: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3), nn.BatchNorm1d(3))
     ddp = DistributedDataParallel(syncbn.convert(model))
@@ -54,23 +52,26 @@ def soak(rank: int, world_size: int, store: str, steps: int, checked: bool, answ
     state = torch.cat([value.detach().double().flatten() for value in model.state_dict().values()])
     states = [torch.zeros_like(state) for _ in range(world_size)]
     dist.all_gather(states, state)
-    answers.put((rank, seconds, before, after, all(torch.equal(state, other) for other in states)))
-    dist.barrier()
-    dist.destroy_process_group()
+    same = all(torch.equal(state, other) for other in states)
+    return {"seconds": seconds, "before": before, "after": after, "same": same}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--world-size", type=int, default=2)
+    parser.add_argument("--steps", type=whole(1), default=10_000)
+    parser.add_argument("--world-size", type=whole(1), default=2)
     parser.add_argument("--checked", action="store_true", help="in checked mode")
+    parser.add_argument("--timeout", type=positive, default=1800.0, help="seconds")
     options = parser.parse_args()
-    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (options.world_size, f"{directory}/store", options.steps, options.checked, answers)
-        torch.multiprocessing.spawn(soak, arguments, nprocs=options.world_size)
+    arguments = {"steps": options.steps, "checked": options.checked}
+    try:
+        answers = processes.run("soak:soak", arguments, options.world_size, options.timeout)
+    except processes.ProcessError as error:
+        print(f"nothing is reported: {error}", file=sys.stderr)
+        return 1
     measured, good = [], True
-    for rank, seconds, before, after, same in sorted(answers.get() for _ in range(options.world_size)):
+    for rank, answer in enumerate(answers):
+        seconds, before, after, same = (answer[name] for name in ("seconds", "before", "after", "same"))
         row = {"rank": rank, "world_size": options.world_size, "steps": options.steps, "checked": options.checked}
         row |= {"seconds": round(seconds, 1), "files_before": before[0], "files_after": after[0]}
         row |= {"threads_before": before[1], "threads_after": after[1], "resident_growth_bytes": after[2] - before[2]}
