@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 
 from .convert import revert
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncBatchNormReLU, _Synchronized
@@ -110,5 +110,15 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     if type(layer) in TRANSPOSED and layer.groups == 1:
         return fuse_conv_bn_eval(layer, norm, transpose=True)  # type: ignore[type-var,arg-type]
     if type(layer) is nn.Linear and layer.out_features == norm.num_features and not isinstance(norm, SPATIAL):
-        return fuse_linear_bn_eval(layer, norm)  # type: ignore[arg-type]
+        return _fused_linear(layer, norm)
     return None
+
+
+def _fused_linear(layer: nn.Linear, norm: Any) -> nn.Linear:
+    """By torch's function of weights: the one of modules takes no norm without a weight or a bias."""
+    mean, var = norm.running_mean, norm.running_var
+    weight = torch.ones_like(var) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    fused = copy.deepcopy(layer)
+    fused.weight, fused.bias = fuse_linear_bn_weights(layer.weight, layer.bias, mean, var, norm.eps, weight, bias)
+    return fused

@@ -59,8 +59,8 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
                 print(watched.read())
 
     **Does synchronizing matter here?** `mean_shift` and `std_shift` are the noise that local statistics would add on this rank.
-    Shares drawn alike from one distribution give about (1/n_local − 1/n)^(1/2) and half of (2/n_local)^(1/2) for n values per
-    channel that are independent, which positions of an image are not; ranks with other data, more.
+    Shares drawn alike from one distribution give about (1/n_local − 1/n)^(1/2) and half of (2/n_local − 2/n)^(1/2) for n values
+    per channel that are independent, which positions of an image are not; ranks with other data, more.
 
     **Precision.** `mean_over_std` is what makes E[x²] − E[x]² lose digits: 2^−24·ratio² relative to the variance with sums in
     float32, 1e-14·ratio² (`variance_error`) with the float64 sums of syncbn.

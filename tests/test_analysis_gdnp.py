@@ -330,6 +330,18 @@ def test_bad_input():
         gdnp_least_squares(x[:0], y[:0])
     with pytest.raises(ValueError, match="steps=-1"):
         gdnp_least_squares(x, y, -1)
+    with pytest.raises(ValueError, match="given x or y with values that are not finite"):
+        gdnp_least_squares(x * math.nan, y)
+    with pytest.raises(ValueError, match=r"given labels \[False, True\]; expected −1 and 1"):
+        gdnp_halfspace(x, torch.arange(len(x)) % 2 == 0)
+    with pytest.raises(ValueError, match="given a start of zero"):
+        rayleigh_ascent(torch.eye(4).double(), torch.eye(4).double(), 0 * start, 3)
+    with pytest.raises(ValueError, match="along the smallest eigenvalue"):
+        rayleigh_ascent(
+            torch.eye(2).double(), torch.diag(torch.tensor([2.0, 1.0]).double()), torch.tensor([0.0, 1.0]).double(), 3
+        )
+    with pytest.raises(ValueError, match="d ≥ 2"):
+        rayleigh_ascent(torch.eye(1).double(), torch.eye(1).double(), torch.ones(1).double(), 3)
     with pytest.raises(ValueError, match="positive definite"):
         rayleigh_ascent(-torch.eye(4).double(), torch.eye(4).double(), start, 3)
     with pytest.raises(ValueError, match="expected"):

@@ -45,6 +45,30 @@ def test_quadrature_in_the_limit(name):
     assert growth_factor(math.inf, phi, gain=gain).lambda_sq == pytest.approx(expected, abs=6e-4)
 
 
+STEEP = {
+    "tanh, gain 20": (torch.tanh, 20.0, 0.0),
+    "tanh, gain 100": (torch.tanh, 100.0, 0.0),
+    "hardtanh": (F.hardtanh, 1.0, 0.0),
+    "hardtanh, gain 3": (F.hardtanh, 3.0, 0.0),
+    "ReLU, shift -1": (torch.relu, 1.0, -1.0),
+    "ReLU, shift -2": (torch.relu, 1.0, -2.0),
+}
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_quadrature_of_what_is_steep_or_has_kinks_beside_zero(name):
+    phi, gain, shift = STEEP[name]
+    expected = oracle.growth_without_end(lambda a: phi(gain * a + shift))
+    assert growth_factor(math.inf, phi, gain, shift).lambda_sq == pytest.approx(expected, rel=3e-4)
+    assert growth_factor(1e6, phi, gain, shift).lambda_sq == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("values", "shift"), [(5, -0.5), (8, -1.0), (64, -1.0)])
+def test_quadrature_of_kinks_is_the_mean_over_the_sphere(values, shift):
+    sampled = oracle.growth_by_sampling(values, lambda x: torch.relu(x + shift), 200_000, seed=values)
+    assert growth_factor(values, "relu", shift=shift).lambda_sq == pytest.approx(sampled, rel=0.02)
+
+
 @pytest.mark.parametrize("values", [4, 5, 8, 16, 64])
 def test_quadrature_is_the_closed_form(values):
     assert growth_factor(values, torch.relu).lambda_sq == pytest.approx(growth_factor(values).lambda_sq, rel=2e-4)
@@ -65,6 +89,8 @@ def test_factors_that_do_not_exist():
             growth_factor(values)
     with pytest.raises(ValueError, match="constant"):
         growth_factor(8, lambda x: 0 * x + 1.0)
+    with pytest.raises(ValueError, match=r"too steep for quadrature at gain=3000\.0"):
+        growth_factor(64, torch.tanh, gain=3000.0)
     with pytest.raises(ValueError, match="whose derivative is 0"):
         growth_factor(8, torch.sign)
     with pytest.raises(ValueError, match='expected "relu"'):
@@ -116,7 +142,7 @@ def _growth(world, sizes, synchronized):
     model = branched()
     if synchronized:
         syncbn.convert(model, world.group)
-    return gradient_growth(model, share_of(world, sizes), cross_entropy, world.group)
+    return gradient_growth(model, cross_entropy, share_of(world, sizes), world.group)
 
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 7), (3, 8, 1)])
@@ -129,8 +155,8 @@ def test_norms_are_those_of_the_whole_batch_on_any_number_of_ranks(sizes):
         assert {layer.name: layer.depth for layer in growth.layers} == ORDER
         assert [layer.weight_norm for layer in growth.layers] == pytest.approx(weights, rel=1e-12)
         assert [layer.output_norm for layer in growth.layers] == pytest.approx(outputs, rel=1e-12)
-        values = sizes[rank] * 4.0
-        assert growth.norms == (NormLayer("norm", values, 48.0), NormLayer("norm2", values, 48.0))
+        values, samples = sizes[rank] * 4.0, sizes[rank]
+        assert growth.norms == (NormLayer("norm", values, 48.0, samples), NormLayer("norm2", values, 48.0, samples))
 
 
 def test_ranks_that_do_not_synchronize_average_their_gradients():
@@ -225,7 +251,7 @@ def _split_growth(world, synchronized):
             syncbn.convert(model, world.group)
         whole = experiment.projection_data(seed, 16, 512)
         batch = experiment.Projection(*(part.tensor_split(world.size)[world.rank] for part in whole))
-        growth = gradient_growth(model, batch, experiment.projection, world.group)
+        growth = gradient_growth(model, experiment.projection, batch, world.group)
         squares += torch.tensor([layer.weight_norm**2 for layer in growth.layers], dtype=torch.float64)
     return fitted(range(1, 26), squares.tolist()).lambda_sq
 
@@ -237,20 +263,28 @@ def test_ranks_that_synchronize_have_the_growth_of_the_whole_batch():
 
 
 def test_advice():
-    growth = Growth((), (NormLayer("a", 64, 64), NormLayer("b", 16, 16)), 1.5, 1.22, 1.5, 3.0)
+    growth = Growth((), (NormLayer("a", 64, 64, 16), NormLayer("b", 16, 16, 16)), 1.5, 1.22, 1.5, 3.0)
     alone = advice(growth)
     assert "b, the layer of the fewest values" in alone
     assert "4 ranks: unsynchronized, 4 values per channel: lambda_sq 3.08; synchronized, 16 values" in alone
     assert "8 ranks: unsynchronized, 2 values per channel: diverges" in alone
     assert "16 ranks: unsynchronized, 1 value per channel: no batch norm" in alone
-    ranks = advice(growth._replace(norms=(NormLayer("a", 4, 64),)))
+    ranks = advice(growth._replace(norms=(NormLayer("a", 4, 64, 4),)))
     assert "unsynchronized, 4 values per channel: lambda_sq 3.08; synchronized, 64 values per channel: lambda_sq 1.49" in ranks
     assert ranks.endswith(": synchronize")
-    assert advice(growth._replace(norms=(NormLayer("a", 512, 1024),))).endswith("changes little")
-    assert advice(growth._replace(norms=(NormLayer("a", 1, 2),))).endswith(": synchronize"), "one value is no batch norm"
+    assert advice(growth._replace(norms=(NormLayer("a", 512, 1024, 8),))).endswith("changes little")
+    assert advice(growth._replace(norms=(NormLayer("a", 1, 2, 1),))).endswith(": synchronize"), "one value is no batch norm"
     assert "nothing to synchronize" in advice(growth._replace(norms=()))
+    with pytest.raises(ValueError, match=r"given ranks=\(0,\); expected numbers of 1 or more"):
+        advice(growth, ranks=(0,))
+
+
+def test_advice_splits_samples_and_not_positions():
+    images = advice(Growth((), (NormLayer("a", 6 * 49, 6 * 49, 6),), 1.5, 1.22, 1.5, 3.0)).splitlines()
+    assert [line.split(" ranks: ")[0].strip() for line in images[2:]] == ["2", "4"], "6 images are not shared by 8 ranks"
+    assert "4 ranks: unsynchronized, 49 values per channel" in images[3], "the smallest share is of one image"
 
 
 def test_a_network_without_weights_is_refused():
     with pytest.raises(ValueError, match="runs no module with a weight"):
-        gradient_growth(nn.BatchNorm1d(3), torch.randn(4, 3), lambda model, x: model(x).sum())
+        gradient_growth(nn.BatchNorm1d(3), lambda model, x: model(x).sum(), torch.randn(4, 3))

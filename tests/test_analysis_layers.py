@@ -51,7 +51,7 @@ class Recurrent(nn.Module):
 def test_what_is_written_to_a_layers_output_does_not_matter(build, shape):
     """Outputs that are views."""
     inplace, plain = (
-        gradient_growth(seeded(lambda flag=flag: build(flag)), data(*shape), mean_square) for flag in (True, False)
+        gradient_growth(seeded(lambda flag=flag: build(flag)), mean_square, data(*shape)) for flag in (True, False)
     )
     assert [layer.depth for layer in inplace.layers] == list(range(1, len(inplace.layers) + 1))
     assert inplace == plain
@@ -98,7 +98,7 @@ class Embedded(nn.Module):
 def test_layers_that_call_others_are_listed_and_do_not_count():
     """Against the network in which what they have of their own is constant."""
     with_own, plain = (
-        gradient_growth(seeded(lambda flag=flag: Embedded(flag)), data(5, 7, 4), mean_square) for flag in (True, False)
+        gradient_growth(seeded(lambda flag=flag: Embedded(flag)), mean_square, data(5, 7, 4)) for flag in (True, False)
     )
     inner = ["first", "body.0.one", "body.0.two", "body.1.one", "body.1.two", "head"]
     assert [layer.name for layer in plain.layers] == inner
@@ -146,7 +146,7 @@ def test_a_call_that_raises_calls_no_other(before):
     model = seeded(Retried)
     if before:
         model.last.register_forward_pre_hook(refuse)
-    growth = gradient_growth(model, data(5, 4), mean_square)
+    growth = gradient_growth(model, mean_square, data(5, 4))
     assert [(layer.name, layer.depth) for layer in growth.layers] == [("first", 1), ("last", 2)]
     assert growth.first_over_last == pytest.approx(growth.layers[0].weight_norm / growth.layers[1].weight_norm, rel=1e-12)
 
@@ -154,16 +154,16 @@ def test_a_call_that_raises_calls_no_other(before):
 def test_frozen_batch_norm_is_none():
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3), nn.BatchNorm1d(3)))
     model[1].eval()
-    assert gradient_growth(model, data(5, 4), mean_square).norms == (NormLayer("3", 5.0, 5.0),)
-    growth = gradient_growth(model.eval(), data(5, 4), mean_square)
+    assert gradient_growth(model, mean_square, data(5, 4)).norms == (NormLayer("3", 5.0, 5.0, 5),)
+    growth = gradient_growth(model.eval(), mean_square, data(5, 4))
     assert growth.norms == ()
     assert advice(growth).endswith("nothing to synchronize")
     model[3] = nn.BatchNorm1d(3, track_running_stats=False).double().eval()  # which never has another's statistics
-    assert gradient_growth(model, data(5, 4), mean_square).norms == (NormLayer("3", 5.0, 5.0),)
+    assert gradient_growth(model, mean_square, data(5, 4)).norms == (NormLayer("3", 5.0, 5.0, 5),)
 
 
 def test_advice_on_one_sample():
-    told = advice(Growth((), (NormLayer("a", 1, 1),), 1.5, 1.22, 1.5, 3.0))
+    told = advice(Growth((), (NormLayer("a", 1, 1, 1),), 1.5, 1.22, 1.5, 3.0))
     assert told.endswith("a, the layer of the fewest values, per layer of its kind: 1 value per channel: no batch norm")
 
 
@@ -226,7 +226,7 @@ WAYS = {
 def test_a_parametrized_layer_is_the_layer(name):
     """Of the same function: depths, gradients by outputs and their growth; of w·1 all that is measured."""
     model, plain = parametrized(WAYS[name])
-    found, expected = (gradient_growth(one, data(9, 4), mean_square) for one in (model, plain))
+    found, expected = (gradient_growth(one, mean_square, data(9, 4)) for one in (model, plain))
     assert [(layer.name, layer.depth) for layer in found.layers] == [("0", 1), ("3", 2), ("5", 3)]
     outputs = [layer.output_norm for layer in expected.layers]
     assert [layer.output_norm for layer in found.layers] == pytest.approx(outputs, rel=1e-11)
@@ -284,7 +284,7 @@ class Tied(nn.Module):
 def test_a_layer_that_a_parametrization_holds_too_is_a_layer():
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6)))
     parametrize.register_parametrization(model[0], "weight", Tied(model[2]))
-    found = gradient_growth(model, data(9, 6), mean_square)
+    found = gradient_growth(model, mean_square, data(9, 6))
     assert [(layer.name, layer.depth) for layer in found.layers] == [("0", 1), ("2", 2)]
     gradients = oracle.gradients(model, mean_square, data(9, 6))
     shared = next(g for path, g in gradients.items() if g is not None and g.shape == (6, 4))
@@ -318,15 +318,15 @@ def test_a_mask_leaves_so_many_values(name):
     build, call = MASKED[name]
     mask = torch.arange(20).view(4, 5) % 3 > 0
     model = seeded(lambda: Masked(build(3), call))
-    assert gradient_growth(model, (data(4, 2, 5), mask), mean_square).norms == (NormLayer("norm", 13.0, 13.0),)
+    assert gradient_growth(model, mean_square, (data(4, 2, 5), mask)).norms == (NormLayer("norm", 13.0, 13.0, 4),)
 
 
 @pytest.mark.parametrize("call", [lambda norm, h, mask: norm(h, None), lambda norm, h, mask: norm(input=h, mask=None)])
 def test_a_mask_of_none_is_none(call):
     model = seeded(lambda: Masked(syncbn.SyncBatchNorm1d(3), call))
-    assert gradient_growth(model, (data(4, 2, 5), None), mean_square).norms == (NormLayer("norm", 20.0, 20.0),)
+    assert gradient_growth(model, mean_square, (data(4, 2, 5), None)).norms == (NormLayer("norm", 20.0, 20.0, 4),)
 
 
 def test_a_residual_is_no_mask():
     model = seeded(lambda: Masked(syncbn.SyncBatchNormReLU(3), lambda norm, h, mask: norm(h, h)))
-    assert gradient_growth(model, (data(4, 2, 5), None), mean_square).norms == (NormLayer("norm", 20.0, 20.0),)
+    assert gradient_growth(model, mean_square, (data(4, 2, 5), None)).norms == (NormLayer("norm", 20.0, 20.0, 4),)

@@ -91,7 +91,7 @@ def expected():
     model, found = network(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     for batch in batches(0, 1):
-        growth = gradient_growth(model, batch, cross_entropy)
+        growth = gradient_growth(model, cross_entropy, batch)
         shift = gradient_correlation(model, cross_entropy, batch, optimizer)
         found.append((growth, shift, gradient_landscape(model, cross_entropy, batch, 0.3)))
         optimizer.zero_grad()
@@ -127,6 +127,14 @@ def test_both_namespaces_take_the_callbacks():
     for kind in (analysis.GradientGrowthMonitor, analysis.GradientCorrelationMonitor, analysis.GradientLandscapeMonitor):
         assert issubclass(kind, pl.Callback)
         assert issubclass(kind, other.Callback)
+
+
+def test_a_learning_rate_or_a_gradient_of_zero_is_no_landscape():
+    """As the first step of a warm-up has it."""
+    model = network()
+    for lr, loss in ((0.0, cross_entropy), (0.1, lambda module, batch: 0 * cross_entropy(module, batch))):
+        trainer = type("Trainer", (), {"optimizers": [torch.optim.SGD(model.parameters(), lr=lr)]})()
+        assert analysis.GradientLandscapeMonitor(loss).measure(trainer, model, batches(0, 1)[0]) == {}
 
 
 def test_bad_arguments():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import worlds
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from syncbn.analysis import BatchNoise, NoiseRange, cross_sample_energy, gradient_bias
 from syncbn.analysis.experiments import noise as experiment
@@ -46,6 +47,31 @@ def test_every_step_layer_and_seed_has_noise_of_its_own():
         for other in every[:i]:
             assert (one - other).abs().max() > 0.05
     assert torch.equal(noise_of(BatchNoise(3, 1), 2)[0], drawn[0])
+
+
+def test_seeds_and_layers_far_apart_have_noise_of_their_own():
+    one = noise_of(BatchNoise(0, 0), 1)[0]
+    for seed, layer in ((1, 0), (0, 1009), (2**32, 0), (0, 2**32)):
+        assert not torch.equal(noise_of(BatchNoise(seed, layer), 1)[0], one)
+    assert not torch.equal(noise_of(BatchNoise(1, 0), 1)[0], noise_of(BatchNoise(0, 1009), 1)[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_checkpointing_recomputes_has_the_noise_of_the_first(reentrant):
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        first, noise, x = nn.Linear(6, 6), BatchNoise(0, 0), torch.randn(8, 6, requires_grad=True)
+
+        def body(x, first=first, noise=noise):
+            return torch.tanh(noise(first(x)))
+
+        for _ in range(2):
+            y = checkpoint(body, x, use_reentrant=reentrant) if checkpointed else body(x)
+            y.square().sum().backward()
+        assert noise.step == 2
+        found.append(first.weight.grad)
+    assert torch.equal(*found)
 
 
 def test_a_unit_may_be_a_single_activation():
@@ -116,6 +142,10 @@ def test_the_bias_of_a_known_case():
     spread = means.var() / 3  # weight; that of the bias is always the mean of x
     expected = ((means.mean() - whole).square() - spread).clamp(min=0).sqrt() / (whole.square() + x.mean().square()).sqrt()
     assert found.relative == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"given draw\(0\) without a mini-batch"):
+        gradient_bias(model, loss, lambda number: [], x, 3)
+    with pytest.raises(ValueError, match="gradient of all samples is zero"):
+        gradient_bias(model, lambda model, batch: 0 * model(batch).sum(), lambda number: pairs[number], x, 3)
     with pytest.raises(ValueError, match="drawings=1"):
         gradient_bias(model, loss, lambda number: pairs[number], x, 1)
 

@@ -278,6 +278,16 @@ def test_a_gradient_of_zero_has_no_angle():
     assert shift.cosine == shift.layers[2].cosine
 
 
+def test_a_gradient_that_is_not_finite_is_in_the_means():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(4, 4), nn.Tanh() if _ == 0 else nn.Identity())))
+    shift = gradient_correlation(model, lambda model, x: model(x).square().mean(), torch.randn(8, 4), 1e12)
+    assert math.isfinite(shift.layers[1].cosine)
+    assert math.isnan(shift.layers[-1].cosine)
+    assert math.isnan(shift.cosine)
+    assert not math.isfinite(shift.relative)
+
+
 @pytest.mark.parametrize("lr", [-1, math.nan, math.inf, True, "0.1", None])
 def test_a_bad_learning_rate(lr):
     with pytest.raises(ValueError, match=r"given optimizer_or_lr=.*expected an Optimizer or a learning rate"):

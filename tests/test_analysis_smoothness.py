@@ -266,6 +266,12 @@ def test_bad_input():
         gradient_landscape(net(), cross_entropy, batch, 0.1, ())
     with pytest.raises(ValueError, match="gradient is zero"):
         gradient_landscape(net(), lambda model, x: 0 * model(x).sum(), batch[0], 0.1)
+    broken = net()
+    with torch.no_grad():
+        next(broken.parameters()).view(-1)[0] = math.nan
+    found = hessian_spectrum(broken, cross_entropy, batch, 3)
+    assert found.values.isnan().all()
+    assert found.residuals.isnan().all()
     with pytest.raises(ValueError, match="given iterations=0"):
         hessian_spectrum(net(), cross_entropy, batch, 0)
 

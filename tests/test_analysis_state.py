@@ -69,7 +69,7 @@ class Loss:
 
 
 MEASURES = {
-    "growth": lambda model, loss, batch: gradient_growth(model, batch, loss),
+    "growth": lambda model, loss, batch: gradient_growth(model, loss, batch),
     "shift": lambda model, loss, batch: gradient_correlation(model, loss, batch, 0.1),
     "shift by Adam": lambda model, loss, batch: gradient_correlation(model, loss, batch, torch.optim.Adam(model.parameters())),
     "smoothness": batch_norm_smoothness,
@@ -225,8 +225,8 @@ def test_a_wrapped_model_is_measured_and_trains_on():
 
 @pytest.mark.parametrize("way", [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile() or model])
 def test_a_compiled_model_runs_eagerly(way):
-    plain = gradient_growth(network(), batch(), Loss())
-    assert gradient_growth(way(network()), batch(), Loss()) == plain
+    plain = gradient_growth(network(), Loss(), batch())
+    assert gradient_growth(way(network()), Loss(), batch()) == plain
 
 
 def embedding(sparse):
@@ -261,8 +261,68 @@ def test_complex_parameters_are_refused(name):
     assert repr(MEASURES[name](model, Loss(), batch())) == repr(MEASURES[name](network(), Loss(), batch()))
 
 
+@pytest.mark.parametrize("name", MEASURES)
+def test_sharded_parameters_are_refused(name):
+    """Forward takes what fully_shard gathers: those that the model shows have no gradient."""
+    model = network()
+    model[2].register_parameter("shard", nn.Parameter(torch.ones(3)))
+    model[2].shard.device_mesh = "mesh"
+    loss = Loss()
+    with pytest.raises(ValueError, match=r"given parameter '2\.shard' sharded over mesh, as fully_shard leaves it; expected"):
+        MEASURES[name](model, loss, batch())
+    assert loss.calls == 0
+
+
+class Caching(nn.Module):
+    """Registers a buffer in its first forward, and has one whose elements are one in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 3).double(), nn.BatchNorm1d(3).double()
+        self.register_buffer("scale", torch.full((1,), 2.0, dtype=torch.float64).expand(3))
+        self.made = 0
+
+    def forward(self, x):
+        if "cache" not in self._buffers:
+            self.made += 1
+            self.register_buffer("cache", x.detach().mean(0).sum().expand(3), persistent=False)
+        return self.norm(self.linear(x)) * self.scale + self.cache
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_buffers_made_in_a_pass_and_buffers_of_one_element_in_memory(name):
+    model = Caching()
+    before, calls = Snapshot(model), []
+
+    def loss(model, batch):
+        calls.append(None)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    MEASURES[name](model, loss, batch())
+    before.check(model)
+    assert [*model._buffers] == ["scale"]
+    assert model.made == len(calls), "passes begin alike"
+    assert not model._non_persistent_buffers_set
+
+
+def test_an_expanded_buffer_that_a_pass_writes_to_is_as_before():
+    model = Caching()
+
+    def loss(model, batch):
+        model.scale[:1] = 5.0
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    gradient_growth(model, loss, batch())
+    assert model.scale.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_inside_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside of torch\.inference_mode\(\); expected it outside"):
+        gradient_growth(network(), Loss(), batch())
+
+
 def test_inside_no_grad():
     model = network()
-    plain = gradient_growth(model, batch(), Loss()).first_over_last
+    plain = gradient_growth(model, Loss(), batch()).first_over_last
     with torch.no_grad():
-        assert gradient_growth(model, batch(), Loss()).first_over_last == plain
+        assert gradient_growth(model, Loss(), batch()).first_over_last == plain

@@ -18,14 +18,18 @@ def warmed(model, *shape):
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
-            if layer.affine:
-                nn.init.normal_(layer.weight)
-                nn.init.normal_(layer.bias)
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter)
     return syncbn.convert(model.double()), torch.randn(shape, dtype=torch.float64)
 
 
 def norms(model):
     return [type(m).__name__ for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _without_bias(norm):
+    norm.register_parameter("bias", None)
+    return norm
 
 
 FOLDED = {
@@ -34,6 +38,8 @@ FOLDED = {
     "conv3d": (nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4)), (2, 3, 4, 4, 4)),
     "grouped": (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4, affine=False)), (2, 4, 5, 5)),
     "transposed": (nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)), (2, 3, 4, 4)),
+    "no affine": (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)), (5, 3)),
+    "no bias": (nn.Sequential(nn.Linear(3, 4, False), _without_bias(nn.BatchNorm1d(4))), (5, 3)),
     "linear": (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2, False), nn.BatchNorm1d(2)), (5, 3)),
 }
 

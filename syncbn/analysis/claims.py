@@ -2,11 +2,9 @@
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ..doctor.finding import table
-
-Item = TypeVar("Item")
 
 
 class Claim(NamedTuple):

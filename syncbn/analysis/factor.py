@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
-NODES = 400  # of the quadrature in each of two angles
-WIDTH = 9.0  # standard deviations of an angle that it covers
+FINE, PAIRS = 2**18, (700, 501)  # nodes of the quadrature: of one value, and of each of two, twice
+STEEP = 3e-3  # how far λ² of the two may differ
+WIDTH = 9.0  # standard deviations of an angle that they cover
 
 
 class GrowthFactor(NamedTuple):
@@ -51,7 +52,7 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
     Args:
         values: B, how many values of a channel enter a mean: N·H·W over all ranks that synchronize. math.inf for the limit.
         activation: "relu", "identity", or any function of a float64 tensor that works elementwise and has a derivative, by
-            quadrature, good to 2e-4 with kinks and 1e-5 without.
+            quadrature, good to 1e-3; to 1e-5 where it has no kink and a gain of 20 at most.
         gain, shift: g and b of the batch norm.
 
     Returns:
@@ -59,25 +60,30 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
 
     Raises:
         ValueError: values below 2, or an activation that is neither known nor a function; one that is constant, or so
-            between its jumps.
+            between its jumps, or too steep for the quadrature.
     """
     if not values >= 2:
         raise ValueError(f"given values={values!r}; expected 2 or more values per channel, or math.inf")
     if values <= 3:
         return GrowthFactor(math.inf, math.inf)
-    found = _expectations(values, activation, gain, shift)
-    spread = found.square - found.product
-    if not spread > 1e-12 * found.square:
+    found, *others = (_expectations(values, activation, gain, shift, nodes) for nodes in PAIRS)
+    if not found.square - found.product > 1e-12 * found.square:
         raise ValueError(f"given activation={activation!r}, which is constant for gain={gain} and shift={shift}")
     if found.slope_square == 0:
         raise ValueError(f"given activation={activation!r}, whose derivative is 0 wherever it was taken: no gradient passes it")
-    rest = found.slope_square - found.slope_product + found.radial_square - found.radial_product
-    moment = 1.0 if math.isinf(values) else values / (values - 3)
-    lambda_sq = moment / spread * (found.slope_square - rest / values)
+    lambda_sq = _lambda_sq(values, found)
+    if any(abs(_lambda_sq(values, other) - lambda_sq) > STEEP * lambda_sq for other in others):
+        raise ValueError(f"given activation={activation!r}, too steep for quadrature at gain={gain} and shift={shift}")
     return GrowthFactor(lambda_sq, math.sqrt(lambda_sq))
 
 
-def _expectations(values: float, activation: str | Activation, gain: float, shift: float) -> Expectations:
+def _lambda_sq(values: float, found: Expectations) -> float:
+    rest = found.slope_square - found.slope_product + found.radial_square - found.radial_product
+    moment = 1.0 if math.isinf(values) else values / (values - 3)
+    return moment / (found.square - found.product) * (found.slope_square - rest / values)
+
+
+def _expectations(values: float, activation: str | Activation, gain: float, shift: float, nodes: int) -> Expectations:
     rho = -1 / (values - 1)
     if activation == "identity":
         return Expectations(gain**2 + shift**2, gain**2 * rho + shift**2, gain**2, gain**2, gain**2, gain**2 * rho)
@@ -89,35 +95,36 @@ def _expectations(values: float, activation: str | Activation, gain: float, shif
         activation = torch.relu
     if not callable(activation):
         raise ValueError(f'given activation={activation!r}; expected "relu", "identity" or an elementwise function')
-    return _by_quadrature(values, activation, gain, shift)
+    return _by_quadrature(values, activation, gain, shift, nodes)
 
 
-def _by_quadrature(values: float, activation: Activation, gain: float, shift: float) -> Expectations:
-    """a = R·cos α and b = ρa + (1 − ρ²)^(1/2)·R·sin α·cos β on the sphere of radius R = (B − 1)^(1/2); Gaussian for B → ∞."""
-    if math.isinf(values):
-        a, weights_a = _normal()
-        b, weights_b, rho = a, weights_a, 0.0
-        first, second = a[:, None].expand(len(a), len(b)), b[None].expand(len(a), len(b))
-    else:
-        radius, rho = math.sqrt(values - 1), -1 / (values - 1)
-        alpha, weights_a = _angles(values - 3)
-        beta, weights_b = _angles(values - 4)
-        first = (radius * alpha.cos())[:, None].expand(len(alpha), len(beta))
-        second = rho * first + math.sqrt(1 - rho**2) * radius * alpha.sin()[:, None] * beta.cos()
-    weights = weights_a[:, None] * weights_b
-    (phi_a, slope_a), (phi_b, slope_b) = (_with_slope(activation, gain, shift, x) for x in (first, second))
+def _by_quadrature(values: float, activation: Activation, gain: float, shift: float, nodes: int) -> Expectations:
+    """Of one value on a fine grid, of two on a coarser one of pairs, on which little rests: it has a factor 1/B, or no jump."""
+    a, weights = _normal() if math.isinf(values) else _marginal(values, FINE)
+    phi, slope = _with_slope(activation, gain, shift, a)
 
     def mean(x: Tensor) -> float:
         return (weights * x).sum().item()
 
-    return Expectations(
-        mean(phi_a.square()),
-        mean(phi_a * phi_b),
-        mean(slope_a.square()),
-        mean(slope_a * slope_b),
-        mean((first * slope_a).square()),
-        mean(first * slope_a * second * slope_b),
-    )
+    square, slope_square, radial_square = mean(phi.square()), mean(slope.square()), mean((a * slope).square())
+    if math.isinf(values):  # a and b are independent
+        return Expectations(square, mean(phi) ** 2, slope_square, mean(slope) ** 2, radial_square, mean(a * slope) ** 2)
+    products = _of_pairs(values, activation, gain, shift, nodes)
+    return Expectations(square, products[0], slope_square, products[1], radial_square, products[2])
+
+
+def _of_pairs(values: float, activation: Activation, gain: float, shift: float, nodes: int) -> tuple[float, float, float]:
+    """E φ(a)φ(b), E φ'(a)φ'(b), E aφ'(a)·bφ'(b): b = ρa + (1 − ρ²)^(1/2)·R·sin α·cos β where a = R·cos α, R = (B − 1)^(1/2)."""
+    radius, rho = math.sqrt(values - 1), -1 / (values - 1)
+    alpha, weights_a = _angles(values - 3, nodes)
+    beta, weights_b = _angles(values - 4, nodes)
+    first = (radius * alpha.cos())[:, None]
+    second = rho * first + math.sqrt(1 - rho**2) * radius * alpha.sin()[:, None] * beta.cos()
+    weights = weights_a[:, None] * weights_b
+    (phi_a, slope_a), (phi_b, slope_b) = (_with_slope(activation, gain, shift, x) for x in (first, second))
+    pairs = (phi_a, phi_b), (slope_a, slope_b), (first * slope_a, second * slope_b)
+    products = [(weights * one * other).sum().item() for one, other in pairs]
+    return products[0], products[1], products[2]
 
 
 def _with_slope(activation: Activation, gain: float, shift: float, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,15 +136,26 @@ def _with_slope(activation: Activation, gain: float, shift: float, x: Tensor) ->
     return y.detach(), slope
 
 
-def _angles(power: float) -> tuple[Tensor, Tensor]:
+def _angles(power: float, nodes: int) -> tuple[Tensor, Tensor]:
     """Nodes in (0, π) and weights of the density ∝ sin^power, by the midpoint rule where the density is."""
     half = min(math.pi / 2, WIDTH / math.sqrt(power + 1))
-    angles = math.pi / 2 + half * (2 * torch.arange(NODES, dtype=torch.float64) + 1 - NODES) / NODES
+    angles = math.pi / 2 + half * _midpoints(nodes)
     weights = angles.sin().pow(power)
     return angles, weights / weights.sum()
 
 
+def _marginal(values: float, nodes: int) -> tuple[Tensor, Tensor]:
+    """Of one of B normalized values."""
+    alpha, weights = _angles(values - 3, nodes)
+    return math.sqrt(values - 1) * alpha.cos(), weights
+
+
 def _normal() -> tuple[Tensor, Tensor]:
-    nodes = WIDTH * (2 * torch.arange(NODES, dtype=torch.float64) + 1 - NODES) / NODES
+    nodes = WIDTH * _midpoints(FINE)
     weights = (-nodes.square() / 2).exp()
     return nodes, weights / weights.sum()
+
+
+def _midpoints(nodes: int) -> Tensor:
+    """In (−1, 1)."""
+    return (2 * torch.arange(nodes, dtype=torch.float64) + 1 - nodes) / nodes

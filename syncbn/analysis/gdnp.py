@@ -89,7 +89,7 @@ def gdnp_least_squares(
         process_group: the ranks whose rows make the data; None: all.
 
     Raises:
-        ValueError: shapes that do not fit; no row; u·w_0 = 0, from where no step leads on.
+        ValueError: shapes that do not fit; no row; values that are not finite; u·w_0 = 0, from where no step leads on.
     """
     _check(x, y, steps)
     group = resolve(process_group)
@@ -162,7 +162,7 @@ def gdnp_halfspace(
 
     Args:
         x: (n, d) this rank's rows. y: (n,) of −1 and 1. Computed in float64.
-        steps, halvings: T, with two all_reduces of d values a step, and of one value two for the bracket,
+        steps, halvings: T, with two all_reduces of d values and one of two a step, and of one value two for the bracket,
             one for each doubling of an end of it, and one each halving.
         start: (d,) w_0, the same on all ranks; None: u = −E[yx].
         loss: φ, elementwise, twice differentiable, increasing.
@@ -172,10 +172,10 @@ def gdnp_halfspace(
         `unbounded` where no length is best (separable data, or a loss that is bounded above): the descent ends there.
 
     Raises:
-        ValueError: shapes that do not fit; labels other than −1 and 1; no row; u·w_0 = 0.
+        ValueError: shapes that do not fit; labels other than −1 and 1; no row; values that are not finite; u·w_0 = 0.
     """
     _check(x, y, steps)
-    if not bool((y.abs() == 1).all()):
+    if not bool((y.double().abs() == 1).all()):
         raise ValueError(f"given labels {sorted({*y.tolist()})[:5]}; expected −1 and 1")
     rows = Rows(-y.double()[:, None] * x.double(), resolve(process_group))
     return descend(SampleHalfspace(rows, loss), steps, halvings, start)
@@ -238,6 +238,8 @@ def _start(start: Tensor | None, u: Tensor) -> Tensor:
     w = u if start is None else start.detach().to(u)
     if w.shape != u.shape:
         raise ValueError(f"given start {tuple(w.shape)}; expected ({len(u)},)")
+    if not bool(u.isfinite().all()):
+        raise ValueError("given x or y with values that are not finite; expected numbers")
     if not abs((u @ w).item()) > 0:
         raise ValueError(f"given start={start} at a right angle to u; expected u·w_0 ≠ 0 (u = 0 where x tells nothing of y)")
     return w

@@ -33,6 +33,7 @@ class NormLayer(NamedTuple):
     name: str
     local: float  # values per channel of this rank's share, in its first call; under a mask those that count
     total: float  # of the shares of all ranks
+    samples: int  # N of this rank's share
 
 
 class Growth(NamedTuple):
@@ -46,10 +47,10 @@ class Growth(NamedTuple):
     first_over_last: float  # ‖∂L/∂W‖ of the first layer over that of the last, of those that call no other
 
 
-def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: GroupLike = None) -> Growth:
+def gradient_growth(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike = None) -> Growth:
     """The norms of the gradients of each layer, and their growth per layer towards the input.
 
-        growth = gradient_growth(model, (x, target), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+        growth = gradient_growth(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), (x, target))
         print(advice(growth))
 
     1. One forward and backward of the model as it is, in its mode. 2. The gradients of the weights are averaged over the
@@ -62,7 +63,8 @@ def gradient_growth(model: nn.Module, batch: Any, loss: Loss, process_group: Gro
     of a parametrized layer are by what is trained in the place of its weight.
 
     Args:
-        model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.
+        model, loss, batch, process_group: as for `syncbn.analysis.objective.objective`: `loss(model, batch)` is
+            the mean loss of this rank's share.
 
     Raises:
         ValueError: as `objective`; no module with a weight was run.
@@ -85,15 +87,16 @@ def _measured(goal: Objective, tape: Tape, part: Tensor) -> Growth:
     found = torch.autograd.grad(part, parameters, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
     zero = part.detach().double() * 0
-    squares = torch.stack([sum(tape.squares[path], zero) for path in tape.modules])
-    counts = torch.tensor([float(n) for n in tape.values.values()], dtype=torch.float64, device=zero.device)
+    squares = torch.stack([sum((square.to(zero.device) for square in tape.squares[path]), zero) for path in tape.modules])
+    counts = torch.tensor([float(n) for n, _ in tape.values.values()], dtype=torch.float64, device=zero.device)
     squares, counts, *summed = goal.sum([squares, counts, *gradients])
     of = dict(zip(parameters, summed, strict=True))
     layers = tuple(
         LayerGradient(path, depths[path], norm([of[p] for p in weights_of(module)]), square**0.5)
         for (path, module), square in zip(tape.modules.items(), squares.tolist(), strict=True)
     )
-    norms = tuple(NormLayer(path, n, total) for (path, n), total in zip(tape.values.items(), counts.tolist(), strict=True))
+    totals = zip(tape.values.items(), counts.tolist(), strict=True)
+    norms = tuple(NormLayer(path, n, total, samples) for (path, (n, samples)), total in totals)
     counted = [layer for layer in layers if layer.name not in tape.callers]
     by_depth = [layer.depth for layer in counted]
     weights = fitted(by_depth, [layer.weight_norm**2 for layer in counted])
@@ -128,8 +131,14 @@ def advice(growth: Growth, activation: str | Activation = "relu", ranks: Sequenc
 
     Args:
         activation: what follows the batch norm layers, as for `growth_factor`.
-        ranks: in a process that is alone: numbers of ranks over which this batch might be split.
+        ranks: in a process that is alone: numbers of ranks over which this batch might be split, of which those count that are
+            no more than its samples; the values are those of the smallest share.
+
+    Raises:
+        ValueError: a number of ranks below 1.
     """
+    if min(ranks, default=1) < 1:
+        raise ValueError(f"given ranks={tuple(ranks)}; expected numbers of 1 or more")
     lines = [
         f"fitted: the squared norm of weight gradients grows by lambda_sq {growth.lambda_sq:.3f} per layer, the norm by "
         f"lambda_norm {growth.lambda_norm:.3f}; first layer over last: {growth.first_over_last:.3g}"
@@ -141,10 +150,13 @@ def advice(growth: Growth, activation: str | Activation = "relu", ranks: Sequenc
         lines.append(f"{worst.name}, per layer of its kind: {_compared(worst.local, worst.total, activation)}")
         return "\n".join(lines)
     told = said_of(worst.local, activation)
-    splits = [size for size in ranks if worst.local // size >= 1]
+    splits = [size for size in ranks if size <= worst.samples]
+    smallest = [worst.local * (worst.samples // size) / worst.samples for size in splits]
     split = "; this batch split over" if splits else ""
     lines.append(f"{worst.name}, the layer of the fewest values, per layer of its kind: {told}{split}")
-    lines += [f"  {size} ranks: {_compared(worst.local // size, worst.local, activation)}" for size in splits]
+    lines += [
+        f"  {size} ranks: {_compared(local, worst.local, activation)}" for size, local in zip(splits, smallest, strict=True)
+    ]
     return "\n".join(lines)
 
 

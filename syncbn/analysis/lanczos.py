@@ -1,5 +1,6 @@
 """The ends of the spectrum of a symmetric operator that is known by its products alone."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,11 @@ from torch import Tensor
 
 
 class Ritz(NamedTuple):
-    """Approximate eigenvalues, largest first. An eigenvalue lies within each one's residual of it."""
+    """Approximate eigenvalues, largest first; NaN where a product was not finite.
+
+    An eigenvalue lies within each one's residual of it, apart from the rounding of the products, which are in the dtype of the
+    network.
+    """
 
     values: Tensor  # (k,) float64
     residuals: Tensor  # (k,) ‖A·x − θ·x‖ of the unit vector x that belongs to θ
@@ -42,6 +47,8 @@ def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, iterations: int
             break
         if number < count:
             basis[number] = product / beside[-1]
+    if not torch.stack([*diagonal, *beside]).isfinite().all():
+        return Ritz(*start.new_full((2, len(diagonal)), math.nan))
     off = torch.stack(beside[:-1]) if len(beside) > 1 else start.new_zeros(0)
     values, vectors = torch.linalg.eigh(torch.diag(torch.stack(diagonal)) + torch.diag(off, 1) + torch.diag(off, -1))
     return Ritz(values.flip(0), (beside[-1] * vectors[-1].abs()).flip(0))

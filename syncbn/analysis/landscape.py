@@ -17,6 +17,10 @@ from .objective import Loss, Objective, cosine, norm, objective
 from .ranks import dense
 
 
+class FlatError(ValueError):
+    """The gradient is zero."""
+
+
 class Landscape(NamedTuple):
     """At W − ηG for each η; G = ∇L(W), averaged over all ranks."""
 
@@ -49,7 +53,7 @@ def gradient_landscape(
     favour networks that sit on a plateau: compare maxima, or high quantiles.
 
     Args:
-        model, loss, batch, process_group: as for `objective`. 1 + len(factors) passes.
+        model, loss, batch, process_group: as for `syncbn.analysis.objective.objective`. 1 + len(factors) passes.
         lr: above 0.
 
     Raises:
@@ -63,7 +67,7 @@ def gradient_landscape(
         _, start = goal.gradients()
         length = norm(start)
         if length == 0:
-            raise ValueError("given a model and batch whose gradient is zero; expected one that leads somewhere")
+            raise FlatError("given a model and batch whose gradient is zero; expected one that leads somewhere")
         at = [parameter.detach().clone() for parameter in goal.parameters]
         for step in steps:
             with torch.no_grad():
@@ -87,7 +91,8 @@ def hessian_spectrum(
     kept in float64.
 
     Args:
-        model, loss, batch, process_group: as for `objective`; the model twice differentiable where it is.
+        model, loss, batch, process_group: as for `syncbn.analysis.objective.objective`; the model twice
+            differentiable where it is.
         iterations: 1 or more. seed: of the first vector, the same on all ranks.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..lightning import _Callback
 from .growth import advice, gradient_growth
-from .landscape import gradient_landscape
+from .landscape import FlatError, gradient_landscape
 from .objective import Loss
 from .shift import gradient_correlation
 
@@ -60,7 +60,7 @@ class GradientGrowthMonitor(_Measure):
         self.loss, self.tell = loss, tell
 
     def measure(self, trainer: Any, pl_module: Any, batch: Any) -> dict[str, float]:
-        growth = gradient_growth(pl_module, batch, self.loss)
+        growth = gradient_growth(pl_module, self.loss, batch)
         if trainer.is_global_zero:
             self.tell(advice(growth))
         return {f"analysis/{name}": getattr(growth, name) for name in ("lambda_sq", "lambda_norm", "first_over_last")}
@@ -96,7 +96,8 @@ class GradientCorrelationMonitor(_Measure):
 class GradientLandscapeMonitor(_Measure):
     """Logs the loss along the gradient, at ½ to 4 times the optimizer's learning rate: see `gradient_landscape`.
 
-    `analysis/loss_range`, `analysis/predictiveness` and `analysis/effective_beta`. Five further passes.
+    `analysis/loss_range`, `analysis/predictiveness` and `analysis/effective_beta`. Five further passes. Nothing is logged where
+    the learning rate is 0, as a warm-up may begin, or the gradient is.
     """
 
     def __init__(self, loss: Loss, every_n_steps: int = 500) -> None:
@@ -112,7 +113,12 @@ class GradientLandscapeMonitor(_Measure):
 
     def measure(self, trainer: Any, pl_module: Any, batch: Any) -> dict[str, float]:
         lr = float(_optimizer(trainer).param_groups[0]["lr"])
-        seen = gradient_landscape(pl_module, self.loss, batch, lr)
+        if lr == 0:
+            return {}
+        try:
+            seen = gradient_landscape(pl_module, self.loss, batch, lr)
+        except FlatError:
+            return {}
         return {f"analysis/{name}": getattr(seen, name) for name in ("loss_range", "predictiveness", "effective_beta")}
 
 

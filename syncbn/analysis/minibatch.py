@@ -60,20 +60,24 @@ def gradient_bias(
     and the bias 0.
 
     Args:
-        model, loss, process_group: as for `objective`; mini-batches are those of all ranks together.
+        model, loss, process_group: as for `syncbn.analysis.objective.objective`; mini-batches are those of all ranks together.
         draw: called with 0, 1, …; a partition of the samples into mini-batches of m, this rank's shares of them.
         whole: all samples as one batch, this rank's share.
         drawings: how many partitions, 2 or more.
 
     Raises:
-        ValueError: as `objective`; drawings below 2.
+        ValueError: as `objective`; drawings below 2; no mini-batch drawn; a gradient of all samples that is zero.
     """
     if drawings < 2:
         raise ValueError(f"given drawings={drawings}; expected 2 or more")
     full = _gradient(model, loss, whole, process_group)
+    if not full.any():
+        raise ValueError("given a model whose gradient of all samples is zero; expected one that a bias can be relative to")
     means = []
     for number in range(drawings):
         parts = [_gradient(model, loss, batch, process_group) for batch in draw(number)]
+        if not parts:
+            raise ValueError(f"given draw({number}) without a mini-batch; expected a partition of the samples")
         means.append(torch.stack(parts).mean(0))
     each = torch.stack(means)
     spread = (each - each.mean(0)).square().sum().item() / (drawings - 1) / drawings
@@ -84,4 +88,4 @@ def gradient_bias(
 def _gradient(model: nn.Module, loss: Loss, batch: object, process_group: GroupLike) -> Tensor:
     """(n,) float64."""
     with objective(model, loss, batch, process_group) as goal:
-        return torch.cat([gradient.flatten() for gradient in goal.gradients()[1]])
+        return torch.cat([gradient.flatten().to(goal.parameters[0].device) for gradient in goal.gradients()[1]])

@@ -1,11 +1,13 @@
 """Noise after batch norm: covariate shift made on purpose, another in every step."""
 
+import hashlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import collectives
+from ..function import in_backward
 
 
 class NoiseRange(NamedTuple):
@@ -29,7 +31,8 @@ class BatchNoise(nn.Module):
     noisy input: before eval, `syncbn.update_bn_stats` in eval mode gives them those of clean input.
 
     Over ranks: µ_j, σ_j are drawn from (seed, layer, step), alike on all ranks, or they would average out over the batch; m_ij,
-    s_ij from (seed, layer, step, rank). The random state of torch is not touched.
+    s_ij from (seed, layer, step, rank). The random state of torch is not touched. A forward inside a backward, as activation
+    checkpointing recomputes, has the noise of the last one: call the layer once between a forward and its backward.
     """
 
     step: Tensor
@@ -57,7 +60,8 @@ class BatchNoise(nn.Module):
         """(N, C, *) → (N, C, *)."""
         if not self.training:
             return x
-        self.step += 1
+        if not in_backward():
+            self.step += 1
         shared, own = self._generator(0), self._generator(1 + collectives.rank_and_size()[0])
         unit = x.shape[1:] if self.per_unit else (x.shape[1], *[1] * (x.dim() - 2))
         mean = _uniform(unit, -self.noise.mean, self.noise.mean, shared)
@@ -67,8 +71,9 @@ class BatchNoise(nn.Module):
         return scales.to(x) * x + means.to(x)
 
     def _generator(self, stream: int) -> torch.Generator:
-        number = ((self.seed * 1009 + self.layer) * 1_000_003 + int(self.step.item())) * 65_537 + stream
-        return torch.Generator().manual_seed(number % 2**63)
+        key = repr((self.seed, self.layer, int(self.step.item()), stream))
+        bits = hashlib.blake2b(key.encode(), digest_size=4).digest()  # as many as torch's generator of the CPU takes
+        return torch.Generator().manual_seed(int.from_bytes(bits, "big"))
 
 
 def _uniform(shape: tuple[int, ...] | torch.Size, low: float, high: float, generator: torch.Generator) -> Tensor:

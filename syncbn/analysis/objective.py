@@ -38,12 +38,17 @@ class State:
             for module, _ in self.modules
             for name, buffer in module._buffers.items()
         ]
+        self.names = [(module, frozenset(module._buffers)) for module, _ in self.modules]
         self.devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
         self.random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Buffers and random state as they were."""
+        """Buffers and random state as they were; those that a pass has registered are gone."""
+        for module, names in self.names:
+            for name in module._buffers.keys() - names:
+                del module._buffers[name]
+                module._non_persistent_buffers_set.discard(name)
         for module, name, buffer, value in self.buffers:
             module._buffers[name] = buffer
             _put(buffer, value)
@@ -68,7 +73,11 @@ class State:
 def _put(tensor: Tensor | None, value: Tensor | None) -> None:
     """The value as it was when it was kept, so that a graph that saved the tensor before finds no other version of it."""
     if tensor is not None and value is not None:
-        tensor.data.copy_(value)
+        there = tensor.data
+        for dim, stride in enumerate(there.stride()):
+            if stride == 0 and there.size(dim) > 1:  # its elements there are one in memory, as expand() leaves them
+                there, value = there.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+        there.copy_(value)
 
 
 @contextlib.contextmanager
@@ -85,8 +94,8 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
         process_group: the ranks whose shares make the batch; None: all ranks. Each of them comes.
 
     Raises:
-        ValueError: no parameter of the model requires a gradient, or a complex one does; in a pass, `loss` gives no scalar
-            tensor with a gradient.
+        ValueError: no parameter of the model requires a gradient, or one does that is complex or sharded; a call inside of
+            torch.inference_mode(); in a pass, `loss` gives no scalar tensor with a gradient.
     """
     inner = unwrapped(model)
     state = State(inner)
@@ -112,6 +121,13 @@ class Objective:
                     f"given parameter {name!r} of {parameter.dtype}; expected real parameters: keep its torch.view_as_real, "
                     "and take torch.view_as_complex of that in forward"
                 )
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(
+                    f"given parameter {name!r} sharded over {parameter.device_mesh}, as fully_shard leaves it; expected a "
+                    "whole one: measure the model before fully_shard, or a copy with the same state"
+                )
+        if torch.is_inference_mode_enabled():
+            raise ValueError("given a measure inside of torch.inference_mode(); expected it outside: gradients are taken")
         if not self.parameters:
             raise ValueError(
                 f"given a {type(model).__name__} of which no parameter requires a gradient; expected one that trains"

@@ -23,25 +23,29 @@ def rayleigh_ascent(a: Tensor, b: Tensor, start: Tensor, steps: int) -> Ascent:
     one and A ≠ I the bound fails. A demonstration, for one process: A is factored.
 
     Args:
-        a: (d, d) A, symmetric and positive definite. b: (d, d) B, symmetric. start: (d,) w_0 ≠ 0. All float64.
+        a: (d, d) A, symmetric and positive definite, d ≥ 2. b: (d, d) B, symmetric. start: (d,) w_0 ≠ 0. All float64.
 
     Raises:
-        ValueError: A is not positive definite, or shapes that do not fit.
+        ValueError: A is not positive definite, or shapes that do not fit; a start of zero, or along the smallest eigenvalue.
     """
     d = len(start)
-    if a.shape != (d, d) or b.shape != (d, d):
+    if d < 2 or a.shape != (d, d) or b.shape != (d, d):
         raise ValueError(
-            f"given A {tuple(a.shape)}, B {tuple(b.shape)}, start {tuple(start.shape)}; expected (d, d), (d, d), (d,)"
+            f"given A {tuple(a.shape)}, B {tuple(b.shape)}, start {tuple(start.shape)}; expected (d, d), (d, d), (d,), d ≥ 2"
         )
     factor, info = torch.linalg.cholesky_ex(a)
     if info != 0:
         raise ValueError("given A that is not positive definite; expected a matrix that has a Cholesky factor")
     half = torch.linalg.solve_triangular(factor, b, upper=False)
     eigenvalues = torch.linalg.eigvalsh(torch.linalg.solve_triangular(factor, half.T, upper=False)).flip(0)
+    if not start.any():
+        raise ValueError("given a start of zero; expected a direction")
     w = start / (start @ a @ start).sqrt()
     path = [w]
     for _ in range(steps):
         rho = w @ b @ w
+        if not rho > eigenvalues[-1]:
+            raise ValueError("given a start along the smallest eigenvalue, from where no step leads on; expected another")
         gradient = 2 * (b @ w - rho * (a @ w))
         w = w + torch.cholesky_solve(gradient[:, None], factor)[:, 0] / (2 * (rho - eigenvalues[-1]))
         w = w / (w @ a @ w).sqrt()

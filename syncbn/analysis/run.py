@@ -142,7 +142,7 @@ def _model(options: argparse.Namespace) -> int:
 
     try:
         model, batch, loss = load(options.model)
-        growth = gradient_growth(model, batch, loss)
+        growth = gradient_growth(model, loss, batch)
     except collectives.CollectiveError:
         raise
     except ValueError as error:

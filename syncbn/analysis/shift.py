@@ -35,7 +35,7 @@ class Shift(NamedTuple):
     """No shift: cosines 1, distances 0."""
 
     layers: tuple[LayerShift, ...]  # in the order in which forward runs them; the first is (1, 0) by definition
-    cosine: float  # mean over the layers but the first
+    cosine: float  # mean over the layers but the first and those without a gradient; NaN where one is not finite
     relative: float
 
 
@@ -52,7 +52,8 @@ def gradient_correlation(
     rate and on how long they have trained: compare them early, at the same rate.
 
     Args:
-        model, loss, batch, process_group: as for `objective`: `loss(model, batch)` is the mean loss of this rank's share.
+        model, loss, batch, process_group: as for `syncbn.analysis.objective.objective`: `loss(model, batch)` is
+            the mean loss of this rank's share.
         optimizer_or_lr: an optimizer of the model's parameters, whose next step is taken on a copy, with its hooks on steps, as
             clipping may be; or the learning rate of plain gradient descent. 0 is a control: cosines 1, distances exactly 0.
 
@@ -73,8 +74,10 @@ def gradient_correlation(
             with torch.no_grad():
                 for parameter in layer.parameters:
                     parameter.copy_(updated[parameter])
-    rest = found[1:]
-    return Shift(tuple(found), _mean([one.cosine for one in rest]), _mean([one.relative for one in rest]))
+    # A layer whose gradient is zero has no angle, and does not count; one whose gradient is not finite does.
+    rest = [one for one in found[1:] if not (math.isnan(one.cosine) and math.isfinite(one.l2))]
+    moved = [one.relative for one in found[1:] if not (math.isnan(one.relative) and math.isfinite(one.l2))]
+    return Shift(tuple(found), _mean([one.cosine for one in rest]), _mean(moved))
 
 
 def _compared(name: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> LayerShift:
@@ -145,6 +148,5 @@ def _rebound(hook: Any, old: Optimizer, new: Optimizer) -> Any:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Over those that are numbers; NaN if none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    """NaN of none."""
+    return sum(values) / len(values) if values else math.nan

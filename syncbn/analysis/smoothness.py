@@ -62,7 +62,8 @@ def batch_norm_smoothness(
     of the dtype's rounding where layer and network do what is said above.
 
     Args:
-        model, loss, batch, process_group: as for `objective`; the model twice differentiable where it is.
+        model, loss, batch, process_group: as for `syncbn.analysis.objective.objective`; the model twice
+            differentiable where it is.
 
     Returns:
         Layers in the order of their calls; those in eval mode, SyncBatchNormReLU, and calls that are masked or run under

@@ -24,7 +24,7 @@ class Tape:
         self.callers: set[str] = set()  # those inside of whose calls another's is
         self.ends: dict[str, list[Any]] = {}  # nodes of the graph, of each call
         self.squares: dict[str, list[Tensor]] = {}  # ‖∂/∂h‖² of each call, once backward has run
-        self.values: dict[str, int] = {}  # per channel, of the first call of each batch norm layer
+        self.values: dict[str, tuple[int, int]] = {}  # per channel, and samples, of the first call of each batch norm layer
         self._begun = 0  # calls
         self._first: dict[str, int] = {}  # the number of the first call that gave something
         self._inside: list[tuple[str, int]] = []  # the calls that run, innermost last
@@ -69,7 +69,8 @@ class Tape:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and normalizes_by_its_batch(module):
             mask = mask_of(module, args, kwargs)
-            self.values.setdefault(path, x.shape[0] * math.prod(x.shape[2:]) if mask is None else int(mask.sum().item()))
+            values = x.shape[0] * math.prod(x.shape[2:]) if mask is None else int(mask.sum().item())
+            self.values.setdefault(path, (values, x.shape[0]))
 
 
 def _depths(root: Any, ends: set[Any]) -> dict[Any, int]:

@@ -95,7 +95,7 @@ def squares(build: Build, values: int, seeds: Sequence[int], width: int = WIDTH)
     """‖∂L/∂W‖² by layer, the mean over seeds."""
     total: Tensor = torch.zeros(())
     for seed in seeds:
-        growth = gradient_growth(build(seed), projection_data(seed, values, width), projection)
+        growth = gradient_growth(build(seed), projection, projection_data(seed, values, width))
         total = total + torch.tensor([layer.weight_norm**2 for layer in growth.layers], dtype=torch.float64)
     return (total / len(seeds)).tolist()
 
@@ -165,7 +165,7 @@ def convolutional(samples: int, side: int, seeds: Sequence[int]) -> Claim:
     """A convolution's values per channel are N·H·W: 20 layers of 64 channels."""
     total: Tensor = torch.zeros(())
     for seed in seeds:
-        growth = gradient_growth(convolutions(seed, 20, 64), image_data(seed, samples, 64, side), projection)
+        growth = gradient_growth(convolutions(seed, 20, 64), projection, image_data(seed, samples, 64, side))
         total = total + torch.tensor([layer.weight_norm**2 for layer in growth.layers], dtype=torch.float64)
     values = samples * side**2
     text = f"3×3 convolutions, {samples}×{side}×{side} = {values} values per channel: lambda_sq"
@@ -222,11 +222,12 @@ def over_ranks(settings: Settings) -> Outcome:
         for seed in settings.track(settings.seeds, "growth over ranks"):
             whole = projection_data(seed, local * size, WIDTH)
             share = Projection(*(part.tensor_split(size)[rank] for part in whole))
-            found = gradient_growth(build(seed), share, projection)
+            found = gradient_growth(build(seed), projection, share)
             total = total + torch.tensor([layer.weight_norm**2 for layer in found.layers], dtype=torch.float64)
         return fitted(range(1, DEPTH + 1), total.tolist())
 
-    together, alone = factor(lambda seed: convert(torch_network(seed))), factor(torch_network)
+    together = factor(lambda seed: convert(torch_network(seed)))
+    alone = factor(torch_network) if local > 1 else GrowthFactor(math.nan, math.nan)  # one value is no batch norm
     claims = []
     for name, found, values in (("synchronized", together, local * size), ("unsynchronized", alone, local)):
         text = f"{size} ranks of {local} values, {name}: lambda_sq of {values} values"

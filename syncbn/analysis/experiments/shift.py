@@ -30,7 +30,6 @@ class Path(NamedTuple):
 
     steps: list[int]
     cosines: list[float]  # means over the layers but the first
-    relative: list[float]
     losses: list[float]  # of every step
 
     @property
@@ -87,7 +86,7 @@ def vgg_path(seed: int, norm: bool, lr: float = 0.03, steps: int = 20, every: in
     """Of the VGG-like network on digits."""
     model = _distributed(vgg(seed, norm))
     data = batches(digits(seed).train, 64, seed)
-    path = Path([], [], [], [])
+    path = Path([], [], [])
     for step in range(steps):
         batch = share(next(data))
         if step % every == 0:
@@ -100,7 +99,7 @@ def linear_path(seed: int, norm: bool, lr: float = 0.003, steps: int = 100, ever
     """Of the deep linear network, full-batch gradient descent."""
     model = _distributed(linear_network(seed, norm))
     batch = share(regression_data(seed))
-    path = Path([], [], [], [])
+    path = Path([], [], [])
     for step in range(steps):
         if step % every == 0:
             _measure(path, step, model, regression, batch, lr)
@@ -112,7 +111,6 @@ def _measure(path: Path, step: int, model: nn.Module, loss: Any, batch: Any, lr:
     found = gradient_correlation(model, loss, batch, lr)
     path.steps.append(step)
     path.cosines.append(found.cosine)
-    path.relative.append(found.relative)
 
 
 def _control(seed: int) -> list[Claim]:
