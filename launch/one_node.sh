@@ -3,7 +3,8 @@
 #
 #     [PROCESSES=2] launch/one_node.sh [options of launch/train.py]
 #
-# PROGRAM=launch/accelerate_train.py trains by accelerate instead; PYTHON is the interpreter. Nothing is reachable from outside.
+# PROGRAM=launch/accelerate_train.py trains by accelerate instead; RESTARTS=3 begins again from the checkpoint, as often, after a
+# process has failed; PYTHON is the interpreter. Nothing is reachable from outside.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

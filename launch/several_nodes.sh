@@ -9,6 +9,7 @@
 #   JOB        its name, the same on each machine; needed where several jobs share an endpoint
 #   PROCESSES  per machine; without it one for each GPU, or for each core where there is none
 #   RESTARTS   how often to begin again, from the checkpoint, after a process has failed
+#   PROGRAM    what each process runs; without it launch/train.py
 #   PYTHON     the interpreter
 #
 # Where a machine has several networks, name the one to use: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME.

@@ -89,7 +89,7 @@ class _Checks:
     def before(self, call: Call, local: Tensor) -> None:
         ranks = ranks_of(call.group)
         where, what = f"in {call.layer} {call.phase}", f"{call.channels} channels, {call.dtype}, {local.numel()} values"
-        details = f"{what}, group of ranks {', '.join(map(str, ranks))}"
+        details = f"{what}, group of {listed(ranks)}"
         finite = bool(local.isfinite().all())
         rows = self._meet(f"{where} {what}", where, details, (len(ranks), digest(str(ranks)), finite), _complete)
         self.number += 1

@@ -1,4 +1,4 @@
-"""The communication seam: with control.py beside it the only file that calls torch.distributed.
+"""The communication seam: with control.py the only file by which layers communicate; bench has the collectives of its peers.
 
 Requirements
     - one all_reduce a call, float64, in program order: nothing here depends on data, shapes or gradients of one rank;

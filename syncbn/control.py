@@ -1,4 +1,4 @@
-"""Control traffic: small messages about a run, beside the statistics. With collectives.py all that calls torch.distributed.
+"""Control traffic: small messages about a run, beside the statistics. With collectives.py all that layers communicate by.
 
 Requirements
     - over Gloo on the CPU, so that no GPU waits; with the timeout of the group that it is for;
@@ -214,9 +214,15 @@ def _difference(ranks: list[int], told: list[Place]) -> str:
 
 
 def listed(ranks: Iterable[int]) -> str:
-    """Ranks in words."""
-    named = list(ranks)
-    return f"rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
+    """Ranks in words: `rank 3`, `ranks 0, 1, 4-7`."""
+    named, runs = list(ranks), list[list[int]]()
+    for rank in named:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    said = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"rank{'s' * (len(named) > 1)} {', '.join(said)}"
 
 
 def digest(text: str) -> int:

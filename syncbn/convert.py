@@ -37,8 +37,8 @@ def convert(
     1.467 without end; with 3 and fewer nothing bounds them (Yang et al. 2019, arXiv:1902.08129; residual networks grow far
     less). So take the smallest group that brings the layer with the fewest values, mostly the last, to about 32. Past that
     growth is no reason to synchronize: what is left is the noise of the statistics, about 1/√(values), and the bias of
-    mini-batch gradients, about 0.45/values. The cost is two all_reduces a layer and step, which are latency: measure yours with
-    benchmarks/groups.py (figures in benchmarks/README.md), and keep a group inside a node where nodes are far apart.
+    mini-batch gradients, about 0.45/values. The cost is two all_reduces a layer and step, which are latency: measure yours, and
+    what a smaller group saves, with `torchrun … -m syncbn doctor`, and keep a group inside a node where nodes are far apart.
 
     Args:
         module: any model. Convert before DistributedDataParallel, `fully_shard` and accelerate's `prepare`.

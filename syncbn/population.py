@@ -43,8 +43,9 @@ def update_bn_stats(
     """Give batch norm layers the statistics of the population, estimated by the network as it is now.
 
     E[x] = E[μ_B] and Var[x] = E[m/(m − 1)·v_B] over the mini-batches B of `loader` (Ioffe & Szegedy 2015, arXiv:1502.03167,
-    section 3.1 and algorithm 2), where m, μ_B and v_B are those of the global mini-batch; batches of different m weigh by m. In
-    place of the moving average, which remembers older weights, and sets num_batches_tracked to the number of mini-batches.
+    section 3.1 and algorithm 2), where m, μ_B and v_B are those of the global mini-batch; batches of different m weigh by m.
+    They take the place of the moving average, which remembers older weights; num_batches_tracked becomes the number of
+    mini-batches.
 
     Each rank brings its own loader. A rank with fewer batches than others goes on with empty ones, its last without the
     samples, which the model has to take: tensors in lists, tuples, named tuples, dict, UserDict and dataclasses. A layer called

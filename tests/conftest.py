@@ -14,7 +14,19 @@ import torch
 hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000, print_blob=True)
 
-LONGEST = ["compile", "launch", "triton", "host", "bench", "demo", "faults", "kernels", "processes", "nodes"]
+LONGEST = [
+    "compile",
+    "launch",
+    "triton",
+    "host",
+    "bench",
+    "demo",
+    "faults",
+    "launch_lightning",
+    "kernels",
+    "processes",
+    "nodes",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +67,23 @@ def _poisoned_memory():
 def memory_as_it_comes():
     """Nothing is written to new memory, and operators of torch sum in the order that they like."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def heap_as_it_is(monkeypatch):
+    """A benchmark leaves the heap of this process as it is."""
+    from syncbn.bench import layer
+
+    monkeypatch.setattr(layer, "keep_heap", lambda: False)
+
+
+@pytest.fixture
+def operators():
+    """The operators of torch.nn.SyncBatchNorm, on a CPU."""
+    import cuda_operators
+
+    with cuda_operators.on_cpu():
+        yield
 
 
 @pytest.fixture(scope="session")

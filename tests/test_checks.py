@@ -120,20 +120,20 @@ PROGRAMS = {
     reordered: "call 1: rank 1 is in second.0 forward, ranks 0, 2 in first forward;",
     evaluated: "call 2: rank 1 is in first backward, ranks 0, 2 in second.0 forward;",
     more_steps: "call 9: rank 1 is in first forward, ranks 0, 2 out of the context;",
-    channels: "call 1: rank 1 is in 0 forward (5 channels, torch.float32, 11 values, group of ranks 0, 1, 2), "
-    "ranks 0, 2 in 0 forward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2);",
-    dtype: "call 1: rank 1 is in first forward (3 channels, torch.float64, 7 values, group of ranks 0, 1, 2), "
-    "ranks 0, 2 in first forward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2);",
+    channels: "call 1: rank 1 is in 0 forward (5 channels, torch.float32, 11 values, group of ranks 0-2), "
+    "ranks 0, 2 in 0 forward (3 channels, torch.float32, 7 values, group of ranks 0-2);",
+    dtype: "call 1: rank 1 is in first forward (3 channels, torch.float64, 7 values, group of ranks 0-2), "
+    "ranks 0, 2 in first forward (3 channels, torch.float32, 7 values, group of ranks 0-2);",
     grouped: "call 1: rank 1 is in first forward (3 channels, torch.float32, 7 values, group of ranks 0, 1), "
-    "ranks 0, 2 in first forward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2);",
+    "ranks 0, 2 in first forward (3 channels, torch.float32, 7 values, group of ranks 0-2);",
     raised: "call 5: rank 1 failed: ZeroDivisionError: of this rank, ranks 0, 2 in first forward;",
     unused: "call 3: rank 1 is in first backward, ranks 0, 2 in second.0 backward;",
     twice: "call 3: rank 1 is in first forward, ranks 0, 2 in second.0 backward;",
     recomputed: "call 3: rank 1 is in first recompute, ranks 0, 2 in second.0 backward;",
-    many: "call 3: rank 1 is in second.0 backward (3 channels, torch.float32, 7 values, group of ranks 0, 1, 2), "
-    "ranks 0, 2 in second.0 backward (3 channels, torch.float32, 6 values, group of ranks 0, 1, 2);",
-    more: "call 4: rank 1 is in second.0 backward (3 channels, torch.float32, 18 values, group of ranks 0, 1, 2), "
-    "ranks 0, 2 in second.0 backward (3 channels, torch.float32, 12 values, group of ranks 0, 1, 2);",
+    many: "call 3: rank 1 is in second.0 backward (3 channels, torch.float32, 7 values, group of ranks 0-2), "
+    "ranks 0, 2 in second.0 backward (3 channels, torch.float32, 6 values, group of ranks 0-2);",
+    more: "call 4: rank 1 is in second.0 backward (3 channels, torch.float32, 18 values, group of ranks 0-2), "
+    "ranks 0, 2 in second.0 backward (3 channels, torch.float32, 12 values, group of ranks 0-2);",
 }
 
 

@@ -17,10 +17,10 @@ import torch
 import worlds
 from torch import nn
 
-from syncbn import collectives, kernels
+from syncbn import collectives, control, kernels
 from syncbn.__main__ import main
 from syncbn.convert import convert
-from syncbn.doctor import exact, finding, latency, model, place, run
+from syncbn.doctor import exact, latency, model, place, run
 from syncbn.doctor.latency import Key, Measured, Taken
 from syncbn.doctor.model import Collective, Layer, Steps
 from syncbn.kernels import aten
@@ -230,7 +230,7 @@ def test_another_version_on_a_rank(name):
     status, lines = examined(name)
     (line,) = bad(lines)
     assert status == 1
-    pattern = rf"{name} differs between ranks, \S+ on ranks 0-1, 3; 9.9 on rank 2: install the same version on every machine"
+    pattern = rf"{name} differs between ranks, \S+ on ranks 0, 1, 3; 9.9 on rank 2: install the same version on every machine"
     assert re.fullmatch(pattern, line)
     assert lines[-1] == "1 finding to see to, marked BAD"
 
@@ -253,7 +253,7 @@ def test_a_single_dtype_that_is_wrong():
     status, lines = examined("half", (0, 1, 3))
     (line,) = bad(lines)
     assert status == 1
-    assert line.startswith("float16 is not batch norm of the whole batch, wrong in y on ranks 0-1, 3, largest error")
+    assert line.startswith("float16 is not batch norm of the whole batch, wrong in y on ranks 0, 1, 3, largest error")
 
 
 def test_a_backend_that_does_not_sum():
@@ -268,7 +268,7 @@ MODELS = {
     "one_rank_has_other_channels": "the layers differ between ranks, first where rank 0 has 'head.1' of 64 channels in a group "
     "of 4; rank 2 has 'head.1' of 32 channels in a group of 4: build the same model",
     "one_rank_has_more": "first where rank 0 has no more; rank 3 has 'more' of 7 channels",
-    "one_rank_in_another_order": "the collectives of a step differ between ranks, 6 on ranks 0, 2-3; 6 on rank 1, first where "
+    "one_rank_in_another_order": "the collectives of a step differ between ranks, 6 on ranks 0, 2, 3; 6 on rank 1, first where "
     "rank 0 has 'first' forward and rank 1 has 'second' forward: let every rank run the same layers in the same order",
     "one_rank_fails": "no model on rank 1, test_doctor:one_rank_fails failed with OSError: no such file of weights: give",
     "without_batch_norm": "no model on ranks 0-3, test_doctor:without_batch_norm gave a Linear without batch norm layers",
@@ -533,8 +533,9 @@ def test_the_exit_status_under_torchrun(under_torchrun):
 
 
 def test_ranks_are_named_in_spans():
-    assert finding.said_of([0]) == "rank 0"
-    assert finding.said_of([0, 1, 2, 4, 6, 7]) == "ranks 0-2, 4, 6-7"
+    assert control.listed([0]) == "rank 0"
+    assert control.listed([0, 1, 3]) == "ranks 0, 1, 3"
+    assert control.listed([0, 1, 2, 4, 6, 7]) == "ranks 0-2, 4, 6, 7"
 
 
 def test_the_splits_are_unequal_and_one_has_empty_shares():

@@ -29,13 +29,16 @@ LAYERS = [
     {"convert"},
 ]
 # What benchmarks compare ours with issues collectives of its own.
+COMMANDS = ("analysis", "bench", "demo", "doctor")  # begin and end a job
+OF_A_JOB = {"init_process_group", "destroy_process_group", "barrier", "HashStore"}
+OF_A_JOB |= {"get_backend", "get_rank", "get_world_size", "group", "is_nccl_available"}
 COMPARED = [("bench", name) for name in ("peers", "messages", "sync_operators", "fake_world")]
 TRITON = ("triton", "programs", "tiles")  # the files that import it
 FRAMEWORKS = {"pytorch_lightning", "lightning", "accelerate", "triton", "numpy", "sklearn", "matplotlib", "tqdm"}
 
 
 def imports(source: str, package: tuple[str, ...]) -> set[str]:
-    """The absolute names of all modules that the source of a file in `package` imports, lazily or not."""
+    """Absolute names of all modules that a file in `package` imports, lazily or not, and what it takes of torch.distributed."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -44,12 +47,16 @@ def imports(source: str, package: tuple[str, ...]) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else ()
             stem = ".".join([*base, *([node.module] if node.module else [])])
             found |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed."):
+            found.add(ast.unparse(node))
     return found
 
 
 def may_communicate(parts: tuple[str, ...], name: str) -> bool:
     """Whether a file may import a name of torch.distributed."""
     if parts in (("collectives",), ("control",), *COMPARED):
+        return True
+    if parts[0] in COMMANDS and name.removeprefix("torch.distributed.").split(".")[0] in OF_A_JOB:
         return True
     return parts == ("join",) and name.startswith("torch.distributed.algorithms")
 
@@ -100,6 +107,8 @@ def test_imports_run_one_way():
         ("convert.py", "from accelerate import Accelerator"),
         ("bench/step.py", "import torch.distributed as dist"),
         ("module.py", "import torch.distributed as dist"),
+        ("module.py", "import torch\ntorch.distributed.all_reduce(x)"),
+        ("doctor/run.py", "import torch\ntorch.distributed.all_reduce(x)"),
     ],
 )
 def test_a_wrong_arrow_is_seen(file, source):

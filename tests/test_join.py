@@ -8,10 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import worlds
 from test_ddp import network
-from test_steps import LOADERS, assert_same_state, one_process, share, whole
 from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
+from uneven import LOADERS, assert_same_state, one_process, share, whole
 
 import syncbn
 from syncbn.join import SyncBatchNormJoin

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import worlds
-from test_steps import assert_same_state, share, whole
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from uneven import assert_same_state, share, whole
 
 import syncbn
 

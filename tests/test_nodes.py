@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import launched
 import pytest
-import test_launch
-from test_launch import LAUNCH, NEAR, OPTIONS, apart, environment, read
+from launched import LAUNCH, NEAR, OPTIONS, apart, environment, read
 
 ENDPOINT = "10.77.0.1:29411"  # a port of a namespace is nobody else's
 CUT_TIMEOUT = 4  # seconds that the workers wait for a peer where the link is cut
-whole = test_launch.whole
+whole = launched.whole
 
 
 class Node(NamedTuple):

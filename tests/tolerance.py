@@ -55,5 +55,6 @@ def check(
     allowed = floor(coarser, ratio) * scale
     if plain is not None:
         allowed += 2 * error(plain, expected)
+    assert math.isfinite(allowed), f"{name}: plain PyTorch itself is off by {error(plain, expected)}"
     off = error(result, expected)
     assert off <= allowed, f"{name}: off by {off:.3g}, allowed {allowed:.3g} (largest value {scale:.3g}, {result.dtype})"

@@ -119,11 +119,8 @@ class Peer(NamedTuple):
     compiled: bool = False  # by torch.compile, which takes seconds a shape
     kernels: str | None = None  # of ours: "compiled", "host" or "aten"
     of_torch_sync: bool = False  # by operators that CUDA alone has
-    passes: tuple[int, int] = PASSES
 
 
-# A fused form (batch norm and ReLU; and addition and ReLU) is a peer too, with the passes that it needs at least. `agreement`
-# is to know what it computes, and its ratios have a base of the same form: nn.BatchNorm and torch.relu.
 PEERS = {
     TORCH: Peer("torch.nn.BatchNorm, local", copy.deepcopy),
     "torch-inductor": Peer("torch.nn.BatchNorm under torch.compile", copy.deepcopy, compiled=True),

@@ -29,7 +29,6 @@ class Scheme(NamedTuple):
 
 
 class Assumed(NamedTuple):
-    node_size: int
     images_per_rank: int  # weak scaling
     global_batch: int  # strong scaling
     seconds_per_image: float

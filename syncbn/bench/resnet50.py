@@ -148,9 +148,10 @@ def measure(
                 waits = found is not None and found.host_synchronizations > 0
                 replay = None if waits else captured(one.name, one.run, one.model.zero_grad, device)
                 watched[one.name] = Watched(peak, found, replay)
+        by_name = {one.name: one for one in made}
         for repeat in range(-1, repeats):
-            for number in order([str(number) for number in range(len(made))], repeat):
-                one = made[int(number)]
+            for name in order(list(by_name), repeat):
+                one = by_name[name]
                 replay = watched[one.name].replay
                 with peers.using(one.name):
                     eager = timed(one.run, device)[0]

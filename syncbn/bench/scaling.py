@@ -193,7 +193,7 @@ def curves(machines: Mapping[str, Mapping[str, Latency]], options: argparse.Name
 def efficiencies(operations: Mapping[str, Latency], options: argparse.Namespace) -> list[Row]:
     """Weak and strong scaling of a ResNet-50 step, modelled."""
     per_image, floor = 1e-6 * options.image_microseconds, 1e-3 * options.floor_milliseconds
-    assumed = Assumed(options.node_size, options.images, options.global_batch, per_image, floor)
+    assumed = Assumed(options.images, options.global_batch, per_image, floor)
     found = []
     for name, scheme in projection.schemes(operations).items():
         for kind in ("weak", "strong"):

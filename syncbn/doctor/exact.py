@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..control import listed
 from ..module import SyncBatchNorm
-from .finding import Finding, said_of
+from .finding import Finding
 
 CHANNELS = 6
 SPLITS = ((3, 5, 1, 4), (7, 0, 3, 2))  # samples of rank 0, 1, 2, 3, and so on from the beginning
@@ -135,6 +136,6 @@ def judge(ranks: Sequence[Errors]) -> list[Finding]:
         wrong = sorted({rank for off, _, rank in by_tensor if off > allowed})
         tensors = sorted({tensor for off, tensor, _ in by_tensor if off > allowed}, key=Result._fields.index)
         advice = "do not train with it here; see whether the test suite passes on this machine, with another version of torch"
-        where = f"{', '.join(tensors)} on {said_of(wrong)}, {told} ({name})"
+        where = f"{', '.join(tensors)} on {listed(wrong)}, {told} ({name})"
         found.append(Finding(f"{_name(dtype)} is not batch norm of the whole batch, wrong in {where}", advice))
     return found

@@ -35,14 +35,3 @@ def by_rank(values: Sequence[Value]) -> dict[Value, list[int]]:
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
     return ranks
-
-
-def said_of(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0, 2-5`."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], rank]
-        else:
-            spans.append([rank])
-    return f"rank{'s' * (len(ranks) > 1)} " + ", ".join("-".join(str(end) for end in span) for span in spans)

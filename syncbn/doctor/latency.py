@@ -10,7 +10,8 @@ import torch
 
 from .. import collectives
 from ..collectives import Call, Group
-from .finding import Finding, said_of, table
+from ..control import listed
+from .finding import Finding, table
 
 SIZES = (64, 128, 256, 512, 1024, 2048)
 WARM_UP = 3
@@ -129,7 +130,7 @@ def judge(ranks: Sequence[Measured]) -> list[Finding]:
     if not wrong:
         return [Finding("all_reduce gives the sum, in groups of every size")]
     first = min(key for rank in wrong for key in ranks[rank].wrong)
-    where = f"{said_of(wrong)}, first in groups of {first.group_size} at {first.channels} channels"
+    where = f"{listed(wrong)}, first in groups of {first.group_size} at {first.channels} channels"
     return [
         Finding(
             f"all_reduce does not give the sum on {where}",

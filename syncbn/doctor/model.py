@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import observing
+from ..control import listed
 from ..convert import convert
 from ..module import _Synchronized
 from ..observing import Call
-from .finding import Finding, by_rank, said_of, table
+from .finding import Finding, by_rank, table
 from .latency import Key, Taken, cost, group_sizes, timed
 
 WARM_UP = 2
@@ -74,7 +75,7 @@ def judge_layers(ranks: Sequence[tuple[Layer, ...] | str]) -> list[Finding]:
     advice = "give the doctor a function that works on every rank"
     failed = {text: those for text, those in by_rank(ranks).items() if isinstance(text, str)}
     if failed:
-        return [Finding(f"no model on {said_of(those)}, {text}", advice) for text, those in failed.items()]
+        return [Finding(f"no model on {listed(those)}, {text}", advice) for text, those in failed.items()]
     if len(by_rank(ranks)) == 1:
         return [Finding(f"every rank has the same {len(ranks[0])} batch norm layers")]
     other = next(rank for rank, found in enumerate(ranks) if found != ranks[0])
@@ -200,7 +201,7 @@ def judge(steps: Sequence[Steps], taken: Mapping[Key, Taken]) -> list[Finding]:
     """Whether the ranks issued the same collectives; whether they wait for each other."""
     issued = by_rank([tuple(step.collectives) for step in steps])
     if len(issued) > 1:
-        told = "; ".join(f"{len(those)} on {said_of(ranks)}" for those, ranks in issued.items())
+        told = "; ".join(f"{len(those)} on {listed(ranks)}" for those, ranks in issued.items())
         (mine, _), (theirs, (other, *_)) = list(issued.items())[:2]
         pairs = zip((*mine, None), (*theirs, None), strict=False)
         one, two = next((a, b) for a, b in pairs if a != b)

@@ -13,7 +13,8 @@ import torch
 
 from .. import kernels
 from .._version import __version__
-from .finding import Finding, by_rank, said_of, table
+from ..control import listed
+from .finding import Finding, by_rank, table
 
 NONE = "-"
 
@@ -116,7 +117,7 @@ def _addresses() -> dict[str, str]:
 
 def shown(ranks: Sequence[Facts]) -> str:
     """A row for each set of ranks that have the same to say."""
-    rows = [(said_of(those), *facts) for facts, those in by_rank(ranks).items()]
+    rows = [(listed(those), *facts) for facts, those in by_rank(ranks).items()]
     return table([("", *(name if name != "os" else "OS" for name in Facts._fields)), *rows])
 
 
@@ -128,7 +129,7 @@ def judge(ranks: Sequence[Facts]) -> list[Finding]:
     for name, given in values.items():
         groups = by_rank(given)
         if len(groups) > 1:
-            told = "; ".join(f"{value} on {said_of(those)}" for value, those in groups.items())
+            told = "; ".join(f"{value} on {listed(those)}" for value, those in groups.items())
             advice = "start every rank alike" if name == "backend" else "install the same version on every machine"
             found.append(Finding(f"{name} differs between ranks, {told}", advice))
     hosts = len({facts.host for facts in ranks})
@@ -136,5 +137,5 @@ def judge(ranks: Sequence[Facts]) -> list[Finding]:
     if hosts > 1 and lost:
         variable = f"{ranks[0].backend.upper()}_SOCKET_IFNAME"
         advice = f"set {variable} there to the interface of the network between the machines"
-        found.append(Finding(f"the ranks are on {hosts} hosts, and {said_of(lost)} on loopback", advice))
+        found.append(Finding(f"the ranks are on {hosts} hosts, and {listed(lost)} on loopback", advice))
     return found or [Finding("every rank has the same versions and backend")]

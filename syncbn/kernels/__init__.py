@@ -5,9 +5,9 @@
     gradient_sums(dy, x, saved) → sums                     reduce: [G1, G2], (2C,) float64, and the local dγ, dβ
     input_gradient(dy, x, saved, message) → dx             apply
 
-With a ReLU behind it, normalize gives y = max(γ·x̂ + β + residual, 0), and dy is 0 wherever y is: gradient_sums and
-input_gradient see to that by x itself, or, if something was added, gradient_sums by y, and returns what is left of dy for
-input_gradient to take in place of it. The derivative of the ReLU at 0 is 0.
+With a ReLU behind it, normalize gives y = max(γ·x̂ + β + residual, 0), and backward lets dy pass only where y > 0. Without a
+residual, gradient_sums and input_gradient find the sign from x again. With one, gradient_sums takes the sign of y and returns
+the dy that passed, which input_gradient is given in place of dy.
 
 `syncbn.equations` is the reference that every implementation is tested against. All of them keep the strides that
 `torch.empty_like` gives, return the dtype of x, and never wait for the device.

@@ -5,8 +5,9 @@
      - what is rare is left to it: a function that does not know how to go on returns None;
      - nothing is linked but torch, and programs are launched by what Triton made: all is built and tested without a GPU.
 
-   Whatever calls Python may let another thread in: no reference into a container outlives such a call, but by its owner. What
-   calls torch is in `apart`, and nothing else is: threads of Python go on, and what they do to tensors is autograd's to see. */
+   Any call of Python may let another thread run: what is in a container is held by its shared_ptr over such a call, never by
+   reference. Calls of torch, and nothing else, go through `apart`, which lets go of the interpreter's lock and keeps autograd,
+   which Python's own calls of torch are left to, out of them. */
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -1,8 +1,8 @@
 """The programs of kernels/triton.py: what runs on the device. Legend: see tiles.py.
 
 Requirements
-    - no number is compiled for: a last, smaller batch would be compiled for while other ranks wait. What a program is compiled
-      for are its constants, of which no batch has its own, and which pointers 16 bytes divide;
+    - no program is compiled for a size: a last, smaller batch would have to be, while other ranks wait. Programs are compiled
+      for their constants, which are the same for every batch, and for which pointers are aligned to 16 bytes;
     - a program takes several tiles of its channels: what is computed for a channel costs as much as a tile.
 """
 

@@ -5,7 +5,7 @@ Requirements
     - the same bits every time: partial sums are merged in a fixed order by the program that happens to come last;
     - nothing waits for the device; offsets are 64 bits wide where 32 do not reach;
     - values are summed in float32 about a pivot, or the mean, by lanes of some hundred values, and in float64 from there on;
-    - Triton looks at the arguments of a program when it has to compile: else they cost more than the launch.
+    - Triton inspects a program's arguments only when it has to compile: doing so at each launch costs more than the launch.
 """
 
 import functools
