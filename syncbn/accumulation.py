@@ -7,6 +7,7 @@ Requirements
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from . import equations, observing
 from .kernels import Running, move
@@ -42,11 +44,11 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     counts each forward once.
 
     Args:
-        model: any model with layers of ours. Called by `layer.forward` rather than as a module, a layer moves at each call.
+        model: any model with layers of ours.
 
     Raises:
-        ValueError: the model is compiled, its statistics are accumulated already, or none of its batch norm layers is ours. A
-            model passed as it was before torch.compile is not known to be compiled: its statistics move at each call.
+        ValueError: the model is compiled, its statistics are accumulated already, or none of its batch norm layers is ours; at
+            the end, a layer was called in compiled code, which moves its statistics at each call: they are as before then.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     layers = [layer for layer in norms if isinstance(layer, _Synchronized)]
@@ -74,17 +76,17 @@ class Calls:
     """An observer: gives `add` each layer of `layers` that is called, with its reduced message [S1, S2, n], (2C+1,) float64."""
 
     def __init__(self, layers: list[Any], add: Callable[[Any, Tensor], None]) -> None:
-        self.layers = layers
+        self.layers, self.watched = layers, frozenset(layers)
         self.add = add
-        self.entered: set[nn.Module] = set()
-        self.inside: list[nn.Module | None] = []  # the layers whose forward runs, innermost last; None once it is counted
+        self.entered: set[nn.Module] = set()  # called as modules
+        self.seen: set[nn.Module] = set()  # of which a collective was seen
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Watch the calls run inside, the layers' running statistics and num_batches_tracked held.
 
         Raises:
-            ValueError: one of the layers is watched already.
+            ValueError: one of the layers is watched already; at the end, one has moved in compiled code, which nobody sees.
         """
         others = {layer for one in observing.observers() if isinstance(one, Calls) for layer in one.layers}
         if others.intersection(self.layers):
@@ -95,18 +97,20 @@ class Calls:
         # A user's own forward may advance it, in each call.
         counters = [(layer, layer.num_batches_tracked) for layer in self.layers if layer.num_batches_tracked is not None]
         counts = [counter.clone() for _, counter in counters]
+        buffers = [(layer, buffer) for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
+        kept = [(layer, buffer, buffer.clone()) for layer, buffer in buffers if buffer is not None and not is_lazy(buffer)]
         hooks: list[Any] = []
         try:
             for layer in self.layers:
                 hooks.append(layer.register_forward_pre_hook(self._enter, prepend=True))
-                hooks.append(layer.register_forward_hook(self._leave, always_call=True))
             with observing.observe(self):
                 yield
+            self._refuse_compiled(kept)
         finally:
             for hook in hooks:
                 hook.remove()
             for (layer, counter), count in zip(counters, counts, strict=True):
-                if layer in self.entered:
+                if layer in self.entered or layer in self.seen:
                     layer.num_batches_tracked = counter.copy_(count)
 
     def before(self, call: Call, local: Tensor) -> bool:
@@ -115,24 +119,35 @@ class Calls:
     def after(self, call: Call, local: Tensor, reduced: Tensor) -> None:
         layer = self._caller(call)
         if layer is not None:
-            self.inside[-1] = None  # in forward mode the tangents follow, by a call like this one
+            self.seen.add(layer)
             self.add(layer, reduced)
 
     def failed(self, call: Call, error: BaseException) -> None:
-        """The layer's forward raises, and its hook is called."""
+        """The layer's forward raises."""
 
     def _caller(self, call: Call) -> nn.Module | None:
-        """The layer that makes a call, if it is a watched one and this the first call of its forward."""
-        return self.inside[-1] if call.phase == "forward" and self.inside else None
+        """The layer that makes a call, if it is a watched one and the call its forward's: not that of a derivative."""
+        layer = None if call.forward is None else call.forward.layer
+        return layer if call.phase == "forward" and call.sums and layer in self.watched else None
 
     def _enter(self, layer: nn.Module, args: Any) -> None:
         if self in observing.observers():
             self.entered.add(layer)
-            self.inside.append(layer)
 
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        if self in observing.observers():
-            self.inside.pop()
+    def _refuse_compiled(self, kept: list[tuple[Any, Tensor, Tensor]]) -> None:
+        """Undo and refuse what layers did whose calls were not seen."""
+        unseen = [one for one in kept if one[0] in self.entered and one[0] not in self.seen and one[0].training]
+        moved = {layer: None for layer, buffer, before in unseen if not torch.equal(buffer, before)}
+        if not moved:
+            return
+        for layer, buffer, before in unseen:
+            if layer in moved:
+                buffer.copy_(before)
+        name = next(iter(moved))._syncbn_name()
+        raise ValueError(
+            f"given a model whose layer {name!r} moved in compiled code, such as a decorated forward, "
+            "where its calls are not seen; expected eager code, as inside of torch.compiler.set_stance('force_eager')"
+        )
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -140,6 +155,11 @@ def is_compiled(model: nn.Module) -> bool:
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
     )
+
+
+def eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what was compiled runs eagerly, be it a model, a method or a function; no compiler is imported for it."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def unwrapped(model: Any) -> nn.Module:

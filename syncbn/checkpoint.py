@@ -17,7 +17,8 @@ def checkpoint_context() -> tuple[AbstractContextManager[None], AbstractContextM
     for layers called several times, several forwards before a backward, nested checkpoints and early stopping. Running
     statistics move once with it and without it, unless the block itself is compiled: then put the checkpoint inside.
 
-    Inside torch.compile, keep the collective by the compiler's own policy instead:
+    In eager code a policy of create_selective_checkpoint_contexts has to recompute what is in the layers: their all_reduce is
+    in place, and a recomputation has other operators beside it. In torch.compile keep the collective by such a policy instead:
 
         ops = [torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default]
         context_fn = functools.partial(create_selective_checkpoint_contexts, ops)
@@ -35,7 +36,7 @@ class Recording:
     """The reduced messages of the forwards run while it is kept, in order, for a recomputation of the same calls."""
 
     def __init__(self) -> None:
-        self.messages: list[tuple[str, Tensor]] = []  # with the name of the layer
+        self.messages: list[tuple[Call, Tensor]] = []
         self.next: int | None = None  # the message to give next; None: recording
 
     def keep(self) -> AbstractContextManager[None]:
@@ -50,18 +51,25 @@ class Recording:
     def take(self, call: Call, size: int) -> Tensor | None:
         if self.next is None:
             return None
-        layer, message = self.messages[self.next] if self.next < len(self.messages) else (None, None)
-        if message is None or layer != call.layer or message.numel() != size:
+        known, message = self.messages[self.next] if self.next < len(self.messages) else (None, None)
+        if known is None or message is None or not _is_same(call, known) or message.numel() != size:
             raise CollectiveError(
                 f"layer {call.layer!r} is call {self.next + 1} of a recomputation whose forward had "
-                f"{f'layer {layer!r} there' if layer else f'{self.next} calls'}; expected the same calls in the same order"
+                f"{f'layer {known.layer!r} there' if known else f'{self.next} calls'}; "
+                "expected the same calls in the same order"
             )
         self.next += 1
         return message.clone()
 
     def add(self, call: Call, reduced: Tensor) -> None:
         if self.next is None:
-            self.messages.append((call.layer, reduced.clone()))
+            self.messages.append((call, reduced.clone()))
+
+
+def _is_same(one: Call, other: Call) -> bool:
+    """Whether two calls are of one layer, whatever it is named in the contexts of `monitor` and `checked`."""
+    layers = [None if call.forward is None else call.forward.layer for call in (one, other)]
+    return layers[0] is layers[1] and (layers[0] is not None or one.layer == other.layer)
 
 
 class _Repeated(AbstractContextManager[None]):

@@ -231,8 +231,20 @@ def digest(text: str) -> int:
 
 
 def ranks_of(group: ProcessGroup | None) -> list[int]:
-    """The ranks of a group in the job; this process's where it is alone."""
-    return [rank_and_size()[0]] if group is None else dist.get_process_group_ranks(group)
+    """The ranks of a group in the job; this process's where it is alone.
+
+    Raises:
+        ValueError: the group is of a job that has ended.
+    """
+    if group is None:
+        return [rank_and_size()[0]]
+    try:
+        return dist.get_process_group_ranks(group)
+    except KeyError:
+        raise ValueError(
+            f"given {group}, a process group of a job that has ended; expected one of this job: convert the model with it, or "
+            "set its layers' process_group to None for all ranks"
+        ) from None
 
 
 def own_group(group: ProcessGroup, device: torch.device) -> tuple[ProcessGroup, Any]:

@@ -186,7 +186,10 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     alone = group is None or group.size() == 1
-    if alone and mask is None and not site.force_sync and not observers and not _has_kernels(x, affine):
+    observed = bool(observers)
+    if alone and not compiling:
+        observed = observing.observed_in_forward(site.module, observed, recomputing)
+    if alone and mask is None and not site.force_sync and not observed and not _has_kernels(x, affine):
         return _train_alone(x, affine, _spare(running) if recomputing else running)
     if recomputing:
         running = None

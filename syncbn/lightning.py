@@ -165,7 +165,7 @@ class SyncBatchNormMonitor(_Callback):
         if every_n_steps < 1:
             raise ValueError(f"given every_n_steps={every_n_steps}; expected 1 or more")
         self.every_n_steps = every_n_steps
-        self._batches = 0
+        self._batches = self._step = 0
         self._watching = contextlib.ExitStack()
         self._monitor: Any = None
 
@@ -178,6 +178,8 @@ class SyncBatchNormMonitor(_Callback):
         self._close()  # a batch that was skipped has no end
         if self._batches % self.every_n_steps == 0:
             self._monitor = self._watching.enter_context(monitor(pl_module))
+            # The step of what the module logs in this batch, which for several optimizers is not global_step.
+            self._step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
         self._batches += 1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -187,7 +189,7 @@ class SyncBatchNormMonitor(_Callback):
         metrics = self._monitor.read().flat()
         self._close()
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=self._step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Watch no longer."""

@@ -54,6 +54,7 @@ class Recording(Protocol):
 # The observer of a group: it sees all its calls, in any thread and in a backward too, and goes when nobody else holds it.
 watchers: weakref.WeakValueDictionary[Any, Observer] = weakref.WeakValueDictionary()
 _watched: dict[Any, Any] = vars(watchers)["data"]  # what it holds: to see that it is empty needs no call
+_observed_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # layers whose last forward was, in a process that is alone
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
 _recordings: ContextVar[tuple[Recording, ...]] = ContextVar("syncbn_recordings", default=())
 
@@ -64,8 +65,25 @@ def observers() -> tuple[Observer, ...]:
 
 
 def observed(group: Any) -> bool:
-    """Whether anyone sees a call over the group that starts now."""
-    return bool(_observers.get()) or watcher(group) is not None
+    """Whether anyone sees a call over the group that starts now, or keeps its message."""
+    return bool(_observers.get()) or bool(_recordings.get()) or watcher(group) is not None
+
+
+def observed_in_forward(layer: Any, observed: bool, recomputing: bool) -> bool:
+    """Whether a forward in a process that is alone is observed, or the one that a recomputation repeats, which saves the same.
+
+    A recomputation may run in another thread, or behind the end of the observer's context. Of forwards that wait for their
+    backward the last one counts; a layer of None has none.
+    """
+    if layer is None:
+        return observed
+    if recomputing:
+        return layer in _observed_alone
+    if observed:
+        _observed_alone.add(layer)
+    elif _observed_alone:
+        _observed_alone.discard(layer)
+    return observed
 
 
 def watcher(group: Any) -> Observer | None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from . import collectives, equations
-from .accumulation import Calls, is_compiled, unwrapped
+from .accumulation import Calls, eagerly, unwrapped
 from .collectives import Call, Group, ProcessGroup
 from .convert import convert, revert
 from .module import _Synchronized
@@ -53,7 +53,7 @@ def update_bn_stats(
     no value keeps its statistics. Every rank of the layers' groups calls this, with the same model, and every rank of the job
     where a layer has a group_size: groups of a size run forwards together to the end of the longest loader, so that fully_shard
     may gather over all of them. Layers whose groups were given as such go on with their own group only: under fully_shard over
-    more ranks than these, bring as many batches to each. A model compiled by torch.compile runs eagerly.
+    more ranks than these, bring as many batches to each. What is compiled by torch.compile runs eagerly.
 
     **Which layers.** Those in training mode; all of them if no module of the model is in training mode. So layers in eval mode
     in a training model are frozen: they normalize by their statistics and keep them, as do modules that are no nn.BatchNorm*.
@@ -167,7 +167,7 @@ def _training(model: nn.Module) -> Iterator[list[Any]]:
             layer.train()
         for wrapper, _ in wrappers:
             wrapper.broadcast_buffers = False
-        with torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
+        with eagerly():
             yield [layer for layer in layers if layer.training]  # a class may refuse to train
     finally:
         for wrapper, broadcasts in wrappers:

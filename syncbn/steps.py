@@ -69,9 +69,16 @@ def even_steps(
     Raises:
         TypeError: a group that is none, a count that is no integer, a batch of a class that hides its tensors.
         ValueError: a rank outside of the group, a batch that cannot be counted, first batches that differ between ranks in
-            structure, dtype or number of dimensions.
+            structure, dtype or number of dimensions; a loader that accelerate prepared for an accumulation that its end ends.
         CollectiveError: another rank's loader raised, a rank is in another step, or did not come within the timeout.
     """
+    accelerates: Any = getattr(loader, "gradient_state", None)  # of a loader that accelerate prepared
+    if getattr(accelerates, "num_steps", 1) > 1 and getattr(accelerates, "sync_with_dataloader", False):
+        raise ValueError(
+            f"given a loader that accelerate prepared, whose end ends an accumulation of {accelerates.num_steps} steps, and "
+            "which is read one batch ahead; expected GradientAccumulationPlugin(sync_with_dataloader=False), or the loader "
+            "as it was before prepare"
+        )
     return _steps(loader, Group(process_group), count or count_samples, empty)
 
 

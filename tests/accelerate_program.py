@@ -94,7 +94,12 @@ def accumulated(directory: Path) -> dict:
                     optimizer.step()
                     optimizer.zero_grad()
                 synchronized.append(accelerator.sync_gradients)
-    return {"state": accelerator.unwrap_model(model).state_dict(), "synchronized": synchronized}
+    refused = ""
+    try:
+        syncbn.even_steps(accelerator.prepare(torch.utils.data.DataLoader([torch.ones(2)] * 5)))
+    except ValueError as error:
+        refused = str(error)
+    return {"state": accelerator.unwrap_model(model).state_dict(), "synchronized": synchronized, "refused": refused}
 
 
 def uneven(directory: Path) -> dict:

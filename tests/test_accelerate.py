@@ -115,6 +115,9 @@ def test_accumulate_with_statistics_of_all_micro_batches(found):
         expected |= {f"{name}.running_mean": mean, f"{name}.running_var": var, f"{name}.num_batches_tracked": counted}
     for result in (rank["accumulated"] for rank in found):
         assert result["synchronized"] == [False, False, True] * program.STEPS, "two of three under no_sync"
+        assert result["refused"].startswith(
+            "given a loader that accelerate prepared, whose end ends an accumulation of 3 steps"
+        )
         assert_same_state(result["state"], expected)
 
 

@@ -179,6 +179,10 @@ def copied(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def assert_equal(model, state):
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+
+
 def test_inside_statistics_stay():
     model = pair(nn.BatchNorm1d)
     before = copied(model)
@@ -263,15 +267,63 @@ def test_only_layers_that_are_called_move_and_only_those_of_the_model():
     assert model[1].num_batches_tracked == 1
 
 
-def test_calls_that_are_not_seen_move_statistics_as_ever():
-    """Those of layer.forward, which runs no hook, as compiled code may not."""
+def test_a_call_of_forward_counts_as_one_of_the_module():
     model = pair(nn.BatchNorm1d)
     x = torch.randn(5, 3).double() + 1
     with accumulate_statistics(model):
         model[0].forward(x)
-        model[0].forward(x)
-    torch.testing.assert_close(model[0].running_mean, 0.19 * x.mean(0))
-    assert model[0].num_batches_tracked == 2
+        model[0](3 * x)
+    torch.testing.assert_close(model[0].running_mean, 0.1 * 2 * x.mean(0))
+    assert model[0].num_batches_tracked == 1
+
+
+def compiled_by(kind):
+    """A network that is compiled, though no module says so."""
+
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(self.first(x))
+
+    if kind == "a decorated forward":
+        Compiled.forward = torch.compile(Compiled.forward, backend="eager")
+    torch.manual_seed(0)
+    model = syncbn.convert(Compiled().double())
+    if kind == "a method":
+        model.forward = torch.compile(model.forward, backend="eager")
+    if kind == "a function":
+        model.forward = torch.compile(lambda x: model.norm(model.first(x)), backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in a trace
+@pytest.mark.parametrize("kind", ["a decorated forward", "a method", "a function"])
+def test_compiled_code_that_no_module_tells_of(kind):
+    model, eager = compiled_by(kind), compiled_by("nothing")
+    batches = [torch.randn(5, 3, dtype=torch.float64) + 1 for _ in range(3)]
+    before = copied(model)
+
+    def accumulate():
+        with accumulate_statistics(model):
+            for x in batches:
+                model(x)
+
+    with pytest.raises(ValueError, match=r"given a model whose layer 'norm' moved in compiled code.*expected eager code"):
+        accumulate()
+    assert_equal(model, before)
+    with torch.compiler.set_stance("force_eager"):
+        accumulate()
+    with accumulate_statistics(eager):
+        for x in batches:
+            eager(x)
+    assert_equal(model, copied(eager))
+    update_bn_stats(model, batches, progress=False)
+    update_bn_stats(eager, batches, progress=False)
+    assert_equal(model, copied(eager))
+    assert model.norm.num_batches_tracked == 3
 
 
 def test_a_frozen_layers_forward_can_still_be_differentiated_afterwards():

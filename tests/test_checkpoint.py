@@ -1,5 +1,8 @@
 """Activation checkpointing: statistics move once, results are those without it, and the collective need not repeat."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 import worlds
@@ -196,6 +199,70 @@ def test_a_recomputation_that_calls_other_layers_is_named():
         syncbn.CollectiveError, match="layer 'b' is call 1 of a recomputation whose forward had layer 'a' there"
     ):
         y.sum().backward()
+
+
+def _in_a_thread(backward):
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+
+
+CONTEXTS = {
+    "accumulated, backward behind": (syncbn.accumulate_statistics, False, False),
+    "accumulated, backward in a thread": (syncbn.accumulate_statistics, True, True),
+    "watched, backward behind": (syncbn.monitor, False, False),
+    "watched, backward in a thread": (syncbn.monitor, True, True),
+    "watched from the backward on": (syncbn.monitor, None, True),
+}
+
+
+@pytest.mark.parametrize("context_fn", [None, syncbn.checkpoint_context])
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_recomputation_alone_saves_what_its_forward_did_whoever_sees_it(name, context_fn):
+    """In a process that is alone observers choose the path; threads of autograd have none of the contexts."""
+    context, in_a_thread, watched_backward = CONTEXTS[name]
+    options = {} if context_fn is None else {"context_fn": context_fn}
+    gradients = []
+    for observed in (True, False):
+        torch.manual_seed(0)
+        model = syncbn.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()).double())
+        x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+        with contextlib.ExitStack() as stack:
+            if observed and in_a_thread is not None:
+                stack.enter_context(context(model))
+            loss = checkpoint(model, x, use_reentrant=False, **options).square().sum()
+            if observed and in_a_thread is None:
+                stack.enter_context(context(model))
+            if watched_backward:
+                _in_a_thread(loss.backward) if in_a_thread else loss.backward()
+        if not watched_backward:
+            loss.backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def _named_between(world):
+    """Gradients with a monitor around the forward alone, and around the backward alone, of layers made as ours."""
+    found = []
+    for watched in (None, "forward", "backward"):
+        torch.manual_seed(0)
+        layer = syncbn.SyncBatchNorm1d(4, process_group=world.group).double()
+        model = nn.Sequential(nn.Linear(4, 4).double(), layer)
+        x = torch.randn(3 + world.rank, 4, generator=torch.Generator().manual_seed(world.rank)).double().requires_grad_()
+        with syncbn.monitor(model) if watched == "forward" else contextlib.nullcontext():
+            y = checkpoint(model, x, use_reentrant=False, context_fn=syncbn.checkpoint_context)
+        with syncbn.monitor(model) if watched == "backward" else contextlib.nullcontext(), CollectivesSeen() as seen:
+            y.pow(3).sum().backward()
+        found.append((x.grad, len(seen.seen)))
+    return found
+
+
+def test_a_recomputation_knows_its_layers_by_any_name():
+    for (plain, collectives), *others in worlds.run(2, _named_between):
+        assert collectives == 1
+        for gradient, issued in others:
+            assert torch.equal(gradient, plain)
+            assert issued == 1, "that of the backward"
 
 
 def test_a_forward_called_from_a_hook_of_a_backward_moves_nothing():

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.collectives import Group, timeout
-from syncbn.control import side_group
+from syncbn.control import ranks_of, side_group
 
 AT_ONCE = 6.0  # seconds, on a loaded machine; the groups' timeout is 30
 
@@ -456,6 +456,15 @@ def test_a_group_of_some_ranks_compares_among_them():
     assert results[0] is None
     assert results[1] == results[3]
     assert "rank 1 is in first forward, rank 3 in second.0 forward" in results[1]
+
+
+def test_a_group_of_a_job_that_has_ended_is_named():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert ranks_of(group) == [0]
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"a process group of a job that has ended; expected one of this job"):
+        ranks_of(group)
 
 
 def test_a_model_without_layers_of_ours_is_an_error():

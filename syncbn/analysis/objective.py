@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import observing
-from ..accumulation import Calls, is_compiled, unwrapped
+from ..accumulation import Calls, eagerly, unwrapped
 from ..collectives import GroupLike
 from .ranks import resolve, size_of, sum_over_ranks
 
@@ -100,8 +100,7 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
     inner = unwrapped(model)
     state = State(inner)
     try:
-        eagerly = torch.compiler.set_stance("force_eager") if is_compiled(inner) else contextlib.nullcontext()
-        with eagerly, torch.enable_grad(), observing.hidden_from(Calls):
+        with eagerly(), torch.enable_grad(), observing.hidden_from(Calls):
             yield Objective(inner, loss, batch, process_group, state)
     finally:
         state.restore()
