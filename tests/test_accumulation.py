@@ -299,6 +299,23 @@ def compiled_by(kind):
     return model
 
 
+def _broadcast(world):
+    """Buffers that DistributedDataParallel overwrites inside, by those of rank 0."""
+    model = nn.Sequential(syncbn.SyncBatchNorm1d(3, group_size=1))
+    ddp = DistributedDataParallel(model, process_group=world.group)
+    model[0].running_mean.fill_(world.rank)
+    x = torch.full((4, 3), 2.0 * world.rank) + torch.arange(4.0).view(-1, 1)
+    with accumulate_statistics(model):
+        ddp(x)
+        ddp(x + 1)
+    return model[0].running_mean
+
+
+def test_buffers_that_are_broadcast_are_not_taken_for_compiled_code():
+    for rank, mean in enumerate(worlds.run(2, _broadcast)):
+        torch.testing.assert_close(mean, torch.full((3,), 0.1 * (2.0 * rank + 2)))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in a trace
 @pytest.mark.parametrize("kind", ["a decorated forward", "a method", "a function"])
 def test_compiled_code_that_no_module_tells_of(kind):
