@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from syncbn import collectives
 from syncbn.bench import processes, rows
-from syncbn.bench.run import positive, whole
 from syncbn.collectives import Call, Group
+from syncbn.options import positive, whole
 
 
 def measure(rank: int, world_size: int, channels: list[int], repeats: int) -> list[tuple[int, int, list[float]]]:

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import update_bn
 
 import syncbn
 from syncbn.bench import processes, rows
-from syncbn.bench.run import positive, whole
+from syncbn.options import positive, whole
 
 TRAINED = 1437  # images; the others are held out
 State = dict[str, Tensor]

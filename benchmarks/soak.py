@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.bench import processes, rows
-from syncbn.bench.run import positive, whole
+from syncbn.options import positive, whole
 
 LIMIT = 2**20  # bytes
 

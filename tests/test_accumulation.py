@@ -277,6 +277,16 @@ def test_a_call_of_forward_counts_as_one_of_the_module():
     assert model[0].num_batches_tracked == 1
 
 
+def test_a_layer_that_counts_itself_counts_once_called_by_forward_too():
+    layer = syncbn.convert(Counting(3).double())
+    x = torch.randn(5, 3).double() + 1
+    with accumulate_statistics(layer):
+        layer.forward(x)
+        layer.forward(3 * x)
+    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(layer.running_mean, 0.1 * 2 * x.mean(0))
+
+
 def compiled_by(kind):
     """A network that is compiled, though no module says so."""
 

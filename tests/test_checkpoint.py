@@ -238,6 +238,7 @@ def test_a_recomputation_alone_saves_what_its_forward_did_whoever_sees_it(name, 
         if not watched_backward:
             loss.backward()
         gradients.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+        checkpoint(model, x, use_reentrant=False, **options).sum().backward()  # the next, which nobody sees
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .. import collectives, environment
+from ..options import Defaults, whole
 
 NAMES = ("noise", "shift", "growth", "smoothness", "gdnp")
 PARALLEL = ("growth", "shift")
@@ -36,11 +37,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Run the experiments behind what is claimed of batch normalization; print each claim with what was "
         "expected and what was measured, and draw a picture of each experiment. growth and shift also run under torchrun. "
         "Exit status: 0 if every claim holds, 1 if not, 2 for a usage error, 130 if interrupted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("what", choices=(*NAMES, "all"), help="the experiment")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, steps and seeds: all in under three minutes")
-    parser.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], metavar="N", help="of networks and data")
+    parser.add_argument(
+        "--seeds", type=whole(0, 2**31 - 1), nargs="+", default=[0, 1, 2], metavar="N", help="of networks and data"
+    )
     parser.add_argument("--out", type=_directory, default=Path("."), metavar="DIR", help="where syncbn-<experiment>.png goes")
     parser.add_argument(
         "--model",
@@ -49,12 +52,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "(model, batch, loss), where loss(model, batch) is the mean loss of this rank's share",
     )
     parser.set_defaults(run=lambda options: run(options, parser))
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, 0 or more")
-    return int(text)
 
 
 def _directory(text: str) -> Path:

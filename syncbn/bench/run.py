@@ -9,9 +9,10 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..options import Defaults, positive, whole
 
 LAYOUTS = ("contiguous", "channels_last", "rows", "contiguous 3d", "channels_last 3d")
 Subcommands = Any  # argparse's, which cannot be subscripted when the program runs
@@ -42,36 +43,13 @@ def add_command(commands: Subcommands) -> None:
         made.add_argument("--results", type=Path, metavar="DIR", help=RESULTS)
 
 
-RESULTS = "where rows are; None: in benchmarks/results of the checkout one stands in, else in ./syncbn-bench"
-DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
+RESULTS = "where rows are; without it benchmarks/results of the checkout one stands in, else ./syncbn-bench"
 
 
 def _parser(kinds: Subcommands, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text, formatter_class=DEFAULTS)
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text, formatter_class=Defaults)
     parser.set_defaults(run=lambda options: run(name, options))
     return parser
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {least} or more")
-        return int(text)
-
-    return parse
-
-
-def positive(text: str) -> float:
-    """The type of an option that takes numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0")
-    return value
 
 
 def _device(parser: argparse.ArgumentParser, default: str = "cpu") -> None:

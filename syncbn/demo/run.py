@@ -12,9 +12,9 @@ import importlib.util
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from ..options import Defaults, whole
 from .launch import LaunchError, launch, torchrun
 
 IMAGES = 1797  # of scikit-learn's digits
@@ -30,31 +30,20 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Train a small residual network on handwritten digits (a) in one process, (b) in several with local batch "
         "norm, (c) in several with syncbn; show how far (b) and (c) are from (a), step by step. Exit status: 0 if (c) has the "
         "loss of (a) and (b) has not, 1 if not, 2 for a usage error, 130 if interrupted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
-    parser.add_argument("--world-size", type=_whole(1), default=4, metavar="N", help="processes of (b) and (c)")
-    parser.add_argument("--batch-size", type=_whole(1), default=4, metavar="N", help="images per process and step")
+    parser.add_argument("--world-size", type=whole(1), default=4, metavar="N", help="processes of (b) and (c)")
+    parser.add_argument("--batch-size", type=whole(1), default=4, metavar="N", help="images per process and step")
     parser.add_argument(
         "--steps",
-        type=_whole(1),
+        type=whole(1),
         default=60,
         metavar="N",
         help="training steps, each of which takes 1 MB of temporary disk space",
     )
-    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of initial network, split and order of images")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of initial network, split and order of images")
     parser.add_argument("--out", type=_writable, default=Path("syncbn-demo.png"), metavar="PNG", help="the picture to write")
     parser.set_defaults(run=lambda options: run(options, parser))
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {least} or more")
-        return int(text)
-
-    return parse
 
 
 def _writable(text: str) -> Path:

@@ -11,11 +11,11 @@ import datetime
 import os
 import sys
 import traceback
-from typing import Any
 
 import torch
 
 from .. import environment
+from ..options import Defaults, positive, whole
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,31 +26,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Show versions, devices and network of every rank, and whether they agree; check that the layer is batch "
         "norm of the whole batch in every dtype; measure a layer's collectives and, with --model, what they cost a model. "
         "Start it alone, or by torchrun as you start your training. Exit status: 0 if everything holds, 1 if not.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="called without arguments, gives (model, input of a rank)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs, if each rank has one")
-    parser.add_argument("--repeats", type=_positive(int), default=30, metavar="N", help="of each collective that is measured")
-    parser.add_argument("--steps", type=_positive(int), default=10, metavar="N", help="of the model that are measured")
-    parser.add_argument("--timeout", type=_positive(float), default=60.0, metavar="S", help="seconds to wait for a rank")
+    parser.add_argument("--repeats", type=whole(2, 10**6), default=30, metavar="N", help="of each collective that is measured")
+    parser.add_argument("--steps", type=whole(2, 10**6), default=10, metavar="N", help="of the model that are measured")
+    parser.add_argument("--timeout", type=positive, default=60.0, metavar="S", help="seconds to wait for a rank")
     parser.set_defaults(run=run)
-
-
-def _positive(kind: type) -> Any:
-    """The type of an option that takes numbers above 0; of repetitions two or more, which have quartiles."""
-    least = 2 if kind is int else 0
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not (value >= least and 0 < value < 1e6):
-            expected = f"a whole number, {least} or more" if kind is int else "a number above 0"
-            raise argparse.ArgumentTypeError(f"given {text!r}; expected {expected}")
-        return value
-
-    return parse
 
 
 def run(options: argparse.Namespace) -> int:
