@@ -16,6 +16,7 @@ import accelerate_program as program
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from oracle import flat
+from tolerance import same_state
 from torch import nn
 
 import syncbn
@@ -48,14 +49,6 @@ def launch(directory, environment, *cases):
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def assert_same_state(got, expected):
-    """Rounding alone, 1e-16 grown over four steps."""
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        off = (got[name].double() - value.double()).abs().max().item()
-        assert off <= 1e-12 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
-
-
 def one_process():
     """The network trained on the whole batches of `plain`, and its losses."""
     model = program.network()
@@ -78,7 +71,7 @@ def test_training_saved_and_loaded_equals_one_process_on_the_whole_batch(found):
         assert (result["wrapper"], result["converted"]) == ("DistributedDataParallel", "SyncBatchNorm2d")
         assert result["classes"] == [type(layer).__name__ for layer in model]
         assert result["losses"] == pytest.approx(losses, rel=1e-12)
-        assert_same_state(result["state"], model.state_dict())
+        same_state(result["state"], model.state_dict())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
@@ -86,7 +79,7 @@ def test_transformers_trainer_takes_a_converted_model(found):
     model, _ = one_process()
     for result in (rank["trainer"] for rank in found):
         assert result["processes"] == WORLD
-        assert_same_state(result["state"], model.state_dict())
+        same_state(result["state"], model.state_dict())
 
 
 def test_accumulate_with_statistics_of_all_micro_batches(found):
@@ -118,7 +111,7 @@ def test_accumulate_with_statistics_of_all_micro_batches(found):
         assert result["refused"].startswith(
             "given a loader that accelerate prepared, whose end ends an accumulation of 3 steps"
         )
-        assert_same_state(result["state"], expected)
+        same_state(result["state"], expected)
 
 
 def assert_trained_unevenly(results):
@@ -131,7 +124,7 @@ def assert_trained_unevenly(results):
         F.cross_entropy(model(x), target).backward()
         optimizer.step()
     for result in results:
-        assert_same_state(result["state"], model.state_dict())
+        same_state(result["state"], model.state_dict())
 
 
 def test_join_uneven_inputs_on_a_cpu_says_that_it_does_nothing(found):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
 from oracle import flat
+from tolerance import FAR, same_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -100,14 +101,6 @@ def expected(micro):
     return state
 
 
-def check(state, expected):
-    """Rounding alone, 1e-16 grown over three steps."""
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        off = (state[name].double() - value.double()).abs().max().item()
-        assert off <= 1e-11 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
-
-
 def _trained(world, micro, wrapped):
     model = syncbn.convert(network(), world.group)
     outer = DistributedDataParallel(model, process_group=world.group) if wrapped else model
@@ -121,7 +114,7 @@ def test_micro_batches_under_no_sync_move_statistics_as_one_batch(world, name):
     micro = [sizes[:world] for sizes in MICRO[name]]
     want = expected(micro)
     for state in worlds.run(world, _trained, micro, True):
-        check(state, want)
+        same_state(state, want, FAR)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -133,7 +126,7 @@ def test_one_process(distributed):
         model = syncbn.convert(network())
         train(model, micro, accumulate_statistics)
         state = model.state_dict()
-    check(state, expected(micro))
+    same_state(state, expected(micro), FAR)
 
 
 def test_without_the_context_statistics_move_otherwise():
@@ -141,8 +134,8 @@ def test_without_the_context_statistics_move_otherwise():
     micro = [(3,), (2,), (6,)]
     model = syncbn.convert(network())
     train(model, micro, lambda model: contextlib.nullcontext())
-    with pytest.raises(AssertionError, match=r"running_mean off by"):
-        check(model.state_dict(), expected(micro))
+    with pytest.raises(AssertionError, match=r"running_mean: off by"):
+        same_state(model.state_dict(), expected(micro), FAR)
 
 
 def _collectives(world):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import worlds
 from batches import Case
 from collectives_seen import CollectivesSeen
+from tolerance import FAR, near
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,6 +29,9 @@ class Definition(nn.BatchNorm2d):
         centered = x - x.mean((0, 2, 3), keepdim=True)
         y = centered * (centered.square().mean((0, 2, 3), keepdim=True) + self.eps).rsqrt()
         return y * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+assert_near = functools.partial(near, relative=FAR)
 
 
 def layer(group=None, **options):
@@ -54,14 +58,6 @@ def inputs(world, shares, seed=0, requires_grad=True):
     sizes = SHARES[shares][:world]
     x = torch.randn(sum(sizes), C, 2, 3, generator=generator, dtype=torch.float64) * 2 + 1
     return [s.clone().requires_grad_(requires_grad) for s in x.split(sizes)]
-
-
-def assert_near(got, want, name="", tolerance=1e-11):
-    """theory: double backward over uneven ranks equals autograd's to 1e-11 of the largest value."""
-    assert got.shape == want.shape, name
-    if want.numel():
-        off = (got - want).abs().max().item()
-        assert off <= tolerance * max(1.0, want.abs().max().item()), f"{name} off by {off:.2g}"
 
 
 def over_shares(xs, weight, bias, eps=1e-3):
@@ -148,7 +144,7 @@ def test_gradients_of_gradients_equal_the_single_process(world, shares):
         assert_near(torch.cat([levels[order][0] for levels in results]), expected[0], f"order {order + 1}, x")
         for number in (1, 2):
             total = sum(levels[order][number] for levels in results)
-            assert_near(total, expected[number], f"order {order + 1}, parameter {number}", 1e-10)
+            assert_near(total, expected[number], f"order {order + 1}, parameter {number}", relative=1e-10)
 
 
 def _local_parameter_gradients(world):
@@ -243,7 +239,7 @@ def test_training_with_a_gradient_penalty_equals_the_single_process(world):
     expected = train_critic(critic(), lambda step: torch.cat(inputs(world, "unequal", step, False)))
     for state in worlds.run(world, _critic):
         for name, value in expected.items():
-            assert_near(state[name].double(), value.double(), name, 1e-9)
+            assert_near(state[name].double(), value.double(), name, relative=1e-9)
 
 
 def _cube(made, z):
@@ -500,4 +496,4 @@ def test_double_backward_in_mixed_dtypes(dtype, param_dtype):
         grads.append(torch.autograd.grad(loss, [leaf, module.weight]))
     for mine, expected, own in zip(*grads, (dtype, param_dtype or dtype), strict=True):
         assert mine.dtype == own
-        assert_near(mine.double(), expected, tolerance=64 * torch.finfo(torch.bfloat16 if param_dtype else dtype).eps)
+        assert_near(mine.double(), expected, relative=64 * torch.finfo(torch.bfloat16 if param_dtype else dtype).eps)

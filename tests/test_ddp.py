@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import worlds
+from tolerance import same_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,9 +93,7 @@ def check(world, shares, dtype, forwards, when, tolerance, run=worlds.run):
     results = run(world, _on_a_rank, shares, dtype, forwards, when)
     assert torch.tensor([r[0] for r in results], dtype=torch.float64).sum(0).tolist() == pytest.approx(losses, rel=tolerance)
     for rank, (_, state) in enumerate(results):
-        for name, value in expected.state_dict().items():
-            off = (state[name].double() - value.double()).abs().max().item()
-            assert off <= tolerance * max(1.0, value.double().abs().max().item()), f"{name} of rank {rank} off by {off:.2g}"
+        same_state(state, expected.state_dict(), tolerance, f"of rank {rank}")
 
 
 def _mean_loss(world):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import worlds
+from tolerance import same_state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -63,10 +64,7 @@ def assert_trained_alike(results, sizes=SIZES):
     for losses_of_ranks in zip(*(found for found, _ in results), strict=True):
         assert sum(losses_of_ranks) == pytest.approx(losses.pop(0), rel=1e-12)
     for _, state in results:
-        assert state.keys() == model.state_dict().keys()
-        for name, value in model.state_dict().items():
-            off = (state[name].double() - value.double()).abs().max().item()
-            assert off <= 1e-12 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
+        same_state(state, model.state_dict())
 
 
 def units():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
+from tolerance import FAR, same_state
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -169,14 +170,6 @@ def one_process():
     return parts
 
 
-def assert_same_state(got, expected):
-    """Rounding alone, 1e-16 grown over twelve steps."""
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        off = (got[name].double() - value.double()).abs().max().item()
-        assert off <= 1e-11 * max(1.0, value.double().abs().max().item()), f"{name} off by {off:.2g}"
-
-
 CASES = [(NAMESPACES[0], way) for way in WAYS] + [(NAMESPACES[1], way) for way in WAYS[1:3]]
 
 
@@ -188,7 +181,7 @@ def test_fit_and_resume_equal_one_process(found, namespace, way):
             losses, rel=1e-11
         )
         for result in both:
-            assert_same_state(result["state"], state)
+            same_state(result["state"], state, FAR)
 
 
 @pytest.mark.parametrize(("namespace", "way"), CASES)
@@ -372,7 +365,7 @@ def _fabric(world, directory):
 def test_fabric_equals_one_process(found):
     for wrapped, size, state in (rank["_fabric"] for rank in found):
         assert (wrapped, size) == ("Sequential", 2)
-        assert_same_state(state, one_process()[0][1])
+        same_state(state, one_process()[0][1], FAR)
 
 
 def _twice(world, directory):

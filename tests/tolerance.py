@@ -1,21 +1,27 @@
-"""The one comparison and the one table of tolerances.
+"""The comparisons, and the table of their tolerances.
 
-A result passes if its error against the float64 oracle is at most twice the error of plain PyTorch on the whole batch in the
-same dtype, plus a floor. The floors are units in the last place of the result's dtype, relative to the largest value of
-the tensor:
+`check`, of what a layer computes: a result passes if its error against the float64 oracle is at most twice the error of plain
+PyTorch on the whole batch in the same dtype, plus a floor. The floors are units in the last place of the result's dtype,
+relative to the largest value of the tensor:
 
     float16, bfloat16   1 unit: one rounding of the output is half of that
     float32             2 units (1.2e-7 each): the roundings of x − hi, of the scale, the addend and the result
     float64             50 units: sums of some hundred terms
     every dtype         1e-14·(1 + (mean/std)²): the message's raw moments S2/n − μ² lose the square of the ratio
+
+`near`, of what steps and derivatives lead to: float64 alone, relative to the largest value of the tensor.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 UNITS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 2, torch.float64: 50}
+# Sums in another order differ by 1e-16, which grows over
+STEPS = 1e-12  # a few steps of a few layers
+FAR = 1e-11  # a dozen steps, or derivatives of derivatives
 
 
 def floor(dtype: torch.dtype, ratio: float = 1.0) -> float:
@@ -58,3 +64,18 @@ def check(
     assert math.isfinite(allowed), f"{name}: plain PyTorch itself is off by {error(plain, expected)}"
     off = error(result, expected)
     assert off <= allowed, f"{name}: off by {off:.3g}, allowed {allowed:.3g} (largest value {scale:.3g}, {result.dtype})"
+
+
+def near(got: Tensor, want: Tensor, name: str = "", relative: float = STEPS) -> None:
+    """Assert that two tensors differ by rounding alone, relative to the largest value, or to 1 where that is less."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel():
+        off, largest = (got.double() - want.double()).abs().max().item(), want.double().abs().max().item()
+        assert off <= relative * max(1.0, largest), f"{name}: off by {off:.3g}, allowed {relative:.3g} of {largest:.3g}"
+
+
+def same_state(got: Mapping[str, Tensor], want: Mapping[str, Tensor], relative: float = STEPS, where: str = "") -> None:
+    """Assert that two states have the same tensors, as near as `near` has it."""
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        near(got[name], value, f"{name} {where}".rstrip(), relative)

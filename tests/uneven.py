@@ -48,13 +48,6 @@ def one_process(loaders, accumulate=1, model=None):
     return model, losses
 
 
-def assert_same_state(model, state, where, tolerance=1e-11):
-    """float64 leaves rounding alone: 1e-16, grown over a few steps."""
-    for name, value in model.state_dict().items():
-        off = (state[name].double() - value.double()).abs().max().item()
-        assert off <= tolerance * max(1.0, value.double().abs().max().item()), f"{name} of {where} off by {off:.2g}"
-
-
 def caught(loop):
     """The steps that `loop`, a generator, took, and the error that ended it."""
     steps = 0
