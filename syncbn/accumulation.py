@@ -8,6 +8,7 @@ Requirements
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
 from . import equations, observing
 from .kernels import Running, move
@@ -44,11 +44,12 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     counts each forward once.
 
     Args:
-        model: any model with layers of ours.
+        model: any model with layers of ours. Code that torch.compile has compiled runs eagerly inside, in all threads, for
+            its calls are not seen.
 
     Raises:
-        ValueError: the model is compiled, its statistics are accumulated already, or none of its batch norm layers is ours; at
-            the end, a layer was called in compiled code, which moves its statistics at each call: they are as before then.
+        ValueError: the model itself is compiled, its statistics are accumulated already, or none of its batch norm layers is
+            ours.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     layers = [layer for layer in norms if isinstance(layer, _Synchronized)]
@@ -66,7 +67,7 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     def add(layer: _BatchNorm, message: Tensor) -> None:
         sums[layer] = sums[layer] + message if layer in sums else message.clone()
 
-    with Calls(layers, add).watch():
+    with eagerly(), Calls(layers, add).watch():
         yield
     for layer, message in sums.items():
         move_statistics(layer, message)
@@ -86,7 +87,7 @@ class Calls:
         """Watch the calls run inside, the layers' running statistics and num_batches_tracked held.
 
         Raises:
-            ValueError: one of the layers is watched already; at the end, one has moved in compiled code, which nobody sees.
+            ValueError: one of the layers is watched already.
         """
         others = {layer for one in observing.observers() if isinstance(one, Calls) for layer in one.layers}
         if others.intersection(self.layers):
@@ -97,15 +98,12 @@ class Calls:
         # A user's own forward may advance it, in each call.
         counters = [(layer, layer.num_batches_tracked) for layer in self.layers if layer.num_batches_tracked is not None]
         counts = [counter.clone() for _, counter in counters]
-        buffers = [(layer, buffer) for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
-        kept = [(layer, buffer, buffer.clone()) for layer, buffer in buffers if buffer is not None and not is_lazy(buffer)]
         hooks: list[Any] = []
         try:
             for layer in self.layers:
                 hooks.append(layer.register_forward_pre_hook(self._enter, prepend=True))
             with observing.observe(self):
                 yield
-            self._refuse_compiled(kept)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -134,21 +132,6 @@ class Calls:
         if self in observing.observers():
             self.entered.add(layer)
 
-    def _refuse_compiled(self, kept: list[tuple[Any, Tensor, Tensor]]) -> None:
-        """Undo and refuse what layers did whose calls were not seen."""
-        unseen = [one for one in kept if one[0] in self.entered and one[0] not in self.seen and one[0].training]
-        moved = {layer: None for layer, buffer, before in unseen if not torch.equal(buffer, before)}
-        if not moved:
-            return
-        for layer, buffer, before in unseen:
-            if layer in moved:
-                buffer.copy_(before)
-        name = next(iter(moved))._syncbn_name()
-        raise ValueError(
-            f"given a model whose layer {name!r} moved in compiled code, such as a decorated forward, "
-            "where its calls are not seen; expected eager code, as inside of torch.compiler.set_stance('force_eager')"
-        )
-
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model or a part of it runs by torch.compile: a wrapper, or nn.Module.compile."""
@@ -157,9 +140,41 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def eagerly() -> contextlib.AbstractContextManager[Any]:
+class _Eagerly:
+    """What `eagerly` gives: one stance for all threads, which the first to enter takes and the last to leave gives back."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.stance = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0 and "torch._dynamo" in sys.modules:
+                try:
+                    self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+                except RuntimeError as error:  # of which a trace may have none
+                    raise RuntimeError(
+                        "given a call inside of code that torch.compile has compiled; expected it outside, where what is "
+                        "compiled can run eagerly"
+                    ) from error
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.stance.close()
+
+    # As torch.compiler.disable, without importing the compiler: a trace may not touch the stance.
+    __enter__._torchdynamo_disable = True  # type: ignore[attr-defined]
+    __exit__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+_eagerly = _Eagerly()
+
+
+def eagerly() -> _Eagerly:
     """Inside, what was compiled runs eagerly, be it a model, a method or a function; no compiler is imported for it."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    return _eagerly
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -67,9 +67,10 @@ class Recording:
 
 
 def _is_same(one: Call, other: Call) -> bool:
-    """Whether two calls are of one layer, whatever it is named in the contexts of `monitor` and `checked`."""
-    layers = [None if call.forward is None else call.forward.layer for call in (one, other)]
-    return layers[0] is layers[1] and (layers[0] is not None or one.layer == other.layer)
+    """Whether two calls are of one layer, or of two by one name: contexts name layers, and a block may make them anew."""
+    if one.layer == other.layer:
+        return True
+    return one.forward is not None and other.forward is not None and one.forward.layer is other.forward.layer is not None
 
 
 class _Repeated(AbstractContextManager[None]):

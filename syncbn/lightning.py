@@ -178,8 +178,7 @@ class SyncBatchNormMonitor(_Callback):
         self._close()  # a batch that was skipped has no end
         if self._batches % self.every_n_steps == 0:
             self._monitor = self._watching.enter_context(monitor(pl_module))
-            # The step of what the module logs in this batch, which for several optimizers is not global_step.
-            self._step = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+            self._step = step_of(trainer)
         self._batches += 1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -202,3 +201,8 @@ class SyncBatchNormMonitor(_Callback):
     def _close(self) -> None:
         self._monitor = None
         self._watching.close()
+
+
+def step_of(trainer: Any) -> int:
+    """The step of what a module logs in the batch that begins: of several optimizers' steps it counts one."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))

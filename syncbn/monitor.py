@@ -71,7 +71,8 @@ def monitor(model: nn.Module) -> Iterator["Monitor"]:
     units of the loss that each rank differentiates: that of DistributedDataParallel is W times the rank's part of the mean.
 
     A layer in eval mode, and one in compiled code, is not seen. The layers of a process that is alone take the synchronized
-    path while they are watched: equal to rounding, not to the bit.
+    path while they are watched: equal to rounding, not to the bit. There, between a checkpointed forward and its backward,
+    watch all of a layer's forwards or none.
 
     Args:
         model: any model with layers of ours, in DistributedDataParallel or not. Inside, messages name its layers by their

@@ -5,7 +5,7 @@ Requirements: observers see every call, and cost nothing when there are none; co
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -84,6 +84,17 @@ def observed_in_forward(layer: Any, observed: bool, recomputing: bool) -> bool:
     elif _observed_alone:
         _observed_alone.discard(layer)
     return observed
+
+
+@contextlib.contextmanager
+def forwards_apart(layers: Iterable[Any]) -> Iterator[None]:
+    """Forwards of the layers inside are none that a backward behind it repeats: see `observed_in_forward`."""
+    before = [(layer, layer in _observed_alone) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, observed in before:
+            (_observed_alone.add if observed else _observed_alone.discard)(layer)
 
 
 def watcher(group: Any) -> Observer | None:

@@ -3,26 +3,29 @@
 import argparse
 from collections.abc import Callable
 
+LARGEST = 2**63 - 1  # of torch's integers
 
-def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `least` to `most`."""
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers of `least` and more, and no more than `most`."""
+    expected = f"a whole number, {least} {'or more' if most is None else f'to {most}'}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"given {text!r}; expected a whole number, {least} or more")
+        if not text.isdecimal() or not least <= int(text) <= (LARGEST if most is None else most):
+            raise argparse.ArgumentTypeError(f"given {text!r}; expected {expected}")
         return int(text)
 
     return parse
 
 
 def positive(text: str) -> float:
-    """The type of an option that takes numbers above 0."""
+    """The type of an option that takes numbers above 0, up to what a timeout may be."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0")
+    if not 0 < value <= 1e9:
+        raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0, 1e+09 at most")
     return value
 
 
@@ -30,4 +33,4 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Tells the default of an option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from . import collectives, equations
+from . import collectives, equations, observing
 from .accumulation import Calls, eagerly, unwrapped
 from .collectives import Call, Group, ProcessGroup
 from .convert import convert, revert
@@ -90,6 +90,7 @@ def update_bn_stats(
             return
         local = stack.enter_context(_synchronized(layers))
         groups = _groups(layers)
+        stack.enter_context(observing.forwards_apart(layers))
         stack.enter_context(Calls([layer for layer in layers if _tracks(layer)], add).watch())
         bar = stack.enter_context(bar_over(loader, num_batches, "population statistics", progress))
         for inputs in _steps(loader, num_batches, groups, _device(layers)):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.accumulation import accumulate_statistics
+from syncbn.accumulation import accumulate_statistics, eagerly
 from syncbn.population import update_bn_stats
 
 STEPS = 3
@@ -302,6 +302,37 @@ def compiled_by(kind):
     return model
 
 
+def test_contexts_that_run_eagerly_may_be_left_in_any_order():
+    """As those of threads are; the stance is the process's."""
+    compiled = torch.compile(lambda x: x + 1 if torch.compiler.is_compiling() else x - 1, backend="eager")
+    zero, first, second = torch.zeros(()), contextlib.ExitStack(), contextlib.ExitStack()
+    assert compiled(zero) == 1
+    first.enter_context(eagerly())
+    second.enter_context(eagerly())
+    assert compiled(zero) == -1
+    first.close()
+    assert compiled(zero) == -1, "the other is still inside"
+    second.close()
+    assert compiled(zero) == 1
+
+
+def test_statistics_are_not_estimated_inside_of_compiled_code():
+    """Where nothing can be made to run eagerly."""
+    model, x = pair(nn.BatchNorm1d), torch.randn(5, 3).double() + 1
+    before = copied(model)
+
+    @torch.compile(backend="eager")
+    def estimate(x):
+        update_bn_stats(model, [x], progress=False)
+        return x + 1
+
+    with pytest.raises(RuntimeError, match=r"given a call inside of code that torch\.compile has compiled; expected it"):
+        estimate(x)
+    assert_equal(model, before)
+    update_bn_stats(model, [x], progress=False)
+    torch.testing.assert_close(model[0].running_mean, x.mean(0))
+
+
 def _broadcast(world):
     """Buffers that DistributedDataParallel overwrites inside, by those of rank 0."""
     model = nn.Sequential(syncbn.SyncBatchNorm1d(3, group_size=1))
@@ -320,26 +351,21 @@ def test_buffers_that_are_broadcast_are_not_taken_for_compiled_code():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in a trace
+@pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("kind", ["a decorated forward", "a method", "a function"])
-def test_compiled_code_that_no_module_tells_of(kind):
+def test_compiled_code_that_no_module_tells_of_runs_eagerly(kind, warm):
     model, eager = compiled_by(kind), compiled_by("nothing")
     batches = [torch.randn(5, 3, dtype=torch.float64) + 1 for _ in range(3)]
-    before = copied(model)
-
-    def accumulate():
-        with accumulate_statistics(model):
+    if warm:
+        for one in (model, eager):
+            one(batches[0])
+    for one in (model, eager):
+        with accumulate_statistics(one):
             for x in batches:
-                model(x)
-
-    with pytest.raises(ValueError, match=r"given a model whose layer 'norm' moved in compiled code.*expected eager code"):
-        accumulate()
-    assert_equal(model, before)
-    with torch.compiler.set_stance("force_eager"):
-        accumulate()
-    with accumulate_statistics(eager):
-        for x in batches:
-            eager(x)
+                one(x)
+            one.norm(one.first(batches[0]))  # eager code beside the compiled
     assert_equal(model, copied(eager))
+    assert model.norm.num_batches_tracked == 1 + warm
     update_bn_stats(model, batches, progress=False)
     update_bn_stats(eager, batches, progress=False)
     assert_equal(model, copied(eager))

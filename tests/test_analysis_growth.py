@@ -91,6 +91,8 @@ def test_factors_that_do_not_exist():
         growth_factor(8, lambda x: 0 * x + 1.0)
     with pytest.raises(ValueError, match=r"too steep for quadrature at gain=3000\.0"):
         growth_factor(64, torch.tanh, gain=3000.0)
+    with pytest.raises(ValueError, match="too steep for quadrature"):
+        growth_factor(math.inf, torch.tanh, gain=3e4)
     with pytest.raises(ValueError, match="whose derivative is 0"):
         growth_factor(8, torch.sign)
     with pytest.raises(ValueError, match='expected "relu"'):

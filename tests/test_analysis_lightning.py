@@ -1,6 +1,7 @@
 """Analysis callbacks: what they log is what the measures give, on two ranks as on one, and the training stays to the bit."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -127,6 +128,19 @@ def test_both_namespaces_take_the_callbacks():
     for kind in (analysis.GradientGrowthMonitor, analysis.GradientCorrelationMonitor, analysis.GradientLandscapeMonitor):
         assert issubclass(kind, pl.Callback)
         assert issubclass(kind, other.Callback)
+
+
+def test_rows_are_of_the_step_of_the_modules_own():
+    """Of two optimizers each step counts in global_step."""
+    logger, model = mock.Mock(), network()
+    loop = mock.Mock(**{"epoch_loop._batches_that_stepped": 3})
+    trainer = mock.Mock(
+        loggers=[logger], fit_loop=loop, global_step=6, optimizers=[torch.optim.SGD(model.parameters(), lr=0.1)]
+    )
+    monitor = analysis.GradientCorrelationMonitor(cross_entropy)
+    monitor.on_train_start(trainer, model)
+    monitor.on_train_batch_start(trainer, model, batches(0, 1)[0], 0)
+    assert logger.log_metrics.call_args.kwargs["step"] == 3
 
 
 def test_a_learning_rate_or_a_gradient_of_zero_is_no_landscape():

@@ -305,6 +305,24 @@ def test_buffers_made_in_a_pass_and_buffers_of_one_element_in_memory(name):
     assert not model._non_persistent_buffers_set
 
 
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|sparse CSR|Sparse invariant)")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_buffers(layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 3).double(), nn.BatchNorm1d(3).double()
+            self.register_buffer("edges", getattr(torch.eye(9, dtype=torch.float64), layout)())
+
+        def forward(self, x):
+            return self.norm(self.edges @ self.linear(x))
+
+    model = Graph()
+    found = gradient_growth(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batch())
+    assert found.first_over_last == 1
+    assert model.norm.running_mean.tolist() == [0, 0, 0]
+
+
 def test_an_expanded_buffer_that_a_pass_writes_to_is_as_before():
     model = Caching()
 

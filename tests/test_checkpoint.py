@@ -1,6 +1,7 @@
 """Activation checkpointing: statistics move once, results are those without it, and the collective need not repeat."""
 
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import syncbn
+from syncbn.analysis import gradient_landscape
 
 KINDS = ["none", "reentrant", "not reentrant", "with our context"]
 SHARES = (3, 5, 0)
@@ -233,6 +235,40 @@ def test_a_recomputation_alone_saves_what_its_forward_did_whoever_sees_it(name, 
         gradients.append([x.grad, *(parameter.grad for parameter in model.parameters())])
         checkpoint(model, x, use_reentrant=False, **options).sum().backward()  # the next, which nobody sees
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+BETWEEN = {
+    "population": lambda model, x: syncbn.update_bn_stats(model, [x.detach()], progress=False),
+    "a measure": lambda model, x: gradient_landscape(model, lambda model, x: model(x).square().mean(), x.detach(), 0.1),
+}
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_observes_forwards_of_its_own_leaves_a_recomputation_as_it_was(name, accumulated):
+    if accumulated and name == "population":
+        pytest.skip("accumulate_statistics takes no update_bn_stats inside")
+    gradients = []
+    for between in (lambda model, x: None, BETWEEN[name]):
+        torch.manual_seed(0)
+        model = syncbn.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()).double())
+        x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+        with syncbn.accumulate_statistics(model) if accumulated else contextlib.nullcontext():
+            loss = checkpoint(model, x, use_reentrant=False).square().sum()
+            between(model, x)
+            loss.backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_a_block_may_make_its_layer_anew():
+    layer = syncbn.SyncBatchNorm1d(4)
+    layer._force_sync = True
+    x = torch.randn(8, 4, requires_grad=True)
+    y = checkpoint(lambda x: copy.deepcopy(layer)(x), x, use_reentrant=False, context_fn=syncbn.checkpoint_context)
+    y.pow(3).sum().backward()
+    expected = torch.autograd.grad(copy.deepcopy(layer)(x).pow(3).sum(), x)[0]
+    assert torch.equal(x.grad, expected)
 
 
 def _named_between(world):

@@ -330,3 +330,11 @@ def test_two_processes_pass_the_check_and_show_the_differences(whole_demo):
     assert 1200 <= width <= 2400
     assert 500 <= height <= 1200
     assert not list(directory.glob("syncbn-demo-*"))
+
+
+def test_help_tells_defaults_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    told = capsys.readouterr().out
+    assert "(default: 0)" in told
+    assert "None" not in told

@@ -469,13 +469,17 @@ def test_a_variable_that_is_no_number(variable, capsys, monkeypatch):
     assert error.endswith(f": given {variable}='x' in the environment; expected a whole number, as torchrun gives")
 
 
-@pytest.mark.parametrize("option", ["--repeats=1", "--steps=x", "--timeout=0", "--timeout=-1", "--timeout=nan"])
+USAGE = ["--repeats=1", "--repeats=2000000", "--steps=x", "--timeout=0", "--timeout=-1", "--timeout=nan", "--timeout=1e14"]
+
+
+@pytest.mark.parametrize("option", USAGE)
 def test_usage_errors(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["doctor", option])
     assert stop.value.code == 2
     name, value = option.split("=")
-    assert re.search(rf"{name}: given '{value}'; expected a (whole )?number", capsys.readouterr().err)
+    expected = "a number above 0, 1e\\+09 at most" if name == "--timeout" else "a whole number, 2 to 1000000"
+    assert re.search(rf"{name}: given '{value}'; expected {expected}", capsys.readouterr().err)
 
 
 def command(*arguments: str, env: dict[str, str] | None = None, seconds: float = 60) -> "subprocess.CompletedProcess[str]":

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn.analysis import gradient_landscape
 
 STEPS = 3
 SIZES = [(3, 5), (4, 0), (1, 6)]  # samples of each data-parallel rank in each step
@@ -233,3 +234,19 @@ def test_a_dimension_of_a_mesh(way):
 @functools.cache
 def two_dimensions():
     return worlds.run_fresh(4, _two_dimensions, timeout=100, group_timeout=30)
+
+
+def _measured(world):
+    model = fully_shard(network(), mesh=init_device_mesh("cpu", (world.size,)))
+    try:
+        gradient_landscape(model, lambda model, x: model(x).square().mean(), torch.zeros(3, 2, 3, 3).double(), 0.1)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_measure_of_analysis_refuses_what_is_sharded():
+    """Forward takes what is gathered: the parameters that the model shows would have no gradient."""
+    for message in worlds.run_fresh(2, _measured):
+        assert "sharded over DeviceMesh" in message
+        assert message.endswith("measure the model before fully_shard, or a copy with the same state")

@@ -308,7 +308,8 @@ def test_fsdp_strategy_calls_the_plugin(tmp_path):
 def test_the_monitor_logs_nothing_of_a_batch_that_was_skipped():
     """It begins and has no end; nor does the next one, which is not watched, log what was left of it."""
     net, logger = syncbn.convert(network(syncbn.SyncBatchNorm)), mock.Mock()
-    trainer, monitor = mock.Mock(loggers=[logger], global_step=1), SyncBatchNormMonitor(every_n_steps=2)
+    loop = mock.Mock(**{"epoch_loop._batches_that_stepped": 1})
+    trainer, monitor = mock.Mock(loggers=[logger], fit_loop=loop), SyncBatchNormMonitor(every_n_steps=2)
     monitor.on_train_start(trainer, net)
     monitor.on_train_batch_start(trainer, net, None, 0)
     assert len(syncbn.observing.observers()) == 1

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
-FINE, PAIRS = 2**18, (700, 501)  # nodes of the quadrature: of one value, and of each of two, twice
+Nodes = tuple[int, int]
+GRIDS = ((2**18, 700), (3 * 2**16, 501))  # nodes of the quadrature, of one value and of each of two; and of another one
 STEEP = 3e-3  # how far λ² of the two may differ
 WIDTH = 9.0  # standard deviations of an angle that they cover
 
@@ -52,7 +53,7 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
     Args:
         values: B, how many values of a channel enter a mean: N·H·W over all ranks that synchronize. math.inf for the limit.
         activation: "relu", "identity", or any function of a float64 tensor that works elementwise and has a derivative, by
-            quadrature, good to 1e-3; to 1e-5 where it has no kink and a gain of 20 at most.
+            quadrature, good to 1e-3 for 4 values and more; to 1e-5 where it has no kink and a gain of 20 at most.
         gain, shift: g and b of the batch norm.
 
     Returns:
@@ -66,7 +67,7 @@ def growth_factor(values: float, activation: str | Activation = "relu", gain: fl
         raise ValueError(f"given values={values!r}; expected 2 or more values per channel, or math.inf")
     if values <= 3:
         return GrowthFactor(math.inf, math.inf)
-    found, *others = (_expectations(values, activation, gain, shift, nodes) for nodes in PAIRS)
+    found, *others = (_expectations(values, activation, gain, shift, nodes) for nodes in GRIDS)
     if not found.square - found.product > 1e-12 * found.square:
         raise ValueError(f"given activation={activation!r}, which is constant for gain={gain} and shift={shift}")
     if found.slope_square == 0:
@@ -83,7 +84,7 @@ def _lambda_sq(values: float, found: Expectations) -> float:
     return moment / (found.square - found.product) * (found.slope_square - rest / values)
 
 
-def _expectations(values: float, activation: str | Activation, gain: float, shift: float, nodes: int) -> Expectations:
+def _expectations(values: float, activation: str | Activation, gain: float, shift: float, nodes: Nodes) -> Expectations:
     rho = -1 / (values - 1)
     if activation == "identity":
         return Expectations(gain**2 + shift**2, gain**2 * rho + shift**2, gain**2, gain**2, gain**2, gain**2 * rho)
@@ -98,9 +99,10 @@ def _expectations(values: float, activation: str | Activation, gain: float, shif
     return _by_quadrature(values, activation, gain, shift, nodes)
 
 
-def _by_quadrature(values: float, activation: Activation, gain: float, shift: float, nodes: int) -> Expectations:
+def _by_quadrature(values: float, activation: Activation, gain: float, shift: float, nodes: Nodes) -> Expectations:
     """Of one value on a fine grid, of two on a coarser one of pairs, on which little rests: it has a factor 1/B, or no jump."""
-    a, weights = _normal() if math.isinf(values) else _marginal(values, FINE)
+    fine, coarse = nodes
+    a, weights = _normal(fine) if math.isinf(values) else _marginal(values, fine)
     phi, slope = _with_slope(activation, gain, shift, a)
 
     def mean(x: Tensor) -> float:
@@ -109,7 +111,7 @@ def _by_quadrature(values: float, activation: Activation, gain: float, shift: fl
     square, slope_square, radial_square = mean(phi.square()), mean(slope.square()), mean((a * slope).square())
     if math.isinf(values):  # a and b are independent
         return Expectations(square, mean(phi) ** 2, slope_square, mean(slope) ** 2, radial_square, mean(a * slope) ** 2)
-    products = _of_pairs(values, activation, gain, shift, nodes)
+    products = _of_pairs(values, activation, gain, shift, coarse)
     return Expectations(square, products[0], slope_square, products[1], radial_square, products[2])
 
 
@@ -150,10 +152,10 @@ def _marginal(values: float, nodes: int) -> tuple[Tensor, Tensor]:
     return math.sqrt(values - 1) * alpha.cos(), weights
 
 
-def _normal() -> tuple[Tensor, Tensor]:
-    nodes = WIDTH * _midpoints(FINE)
-    weights = (-nodes.square() / 2).exp()
-    return nodes, weights / weights.sum()
+def _normal(nodes: int) -> tuple[Tensor, Tensor]:
+    values = WIDTH * _midpoints(nodes)
+    weights = (-values.square() / 2).exp()
+    return values, weights / weights.sum()
 
 
 def _midpoints(nodes: int) -> Tensor:

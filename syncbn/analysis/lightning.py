@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..lightning import _Callback
+from ..lightning import _Callback, step_of
 from .growth import advice, gradient_growth
 from .landscape import FlatError, gradient_landscape
 from .objective import Loss
@@ -37,7 +37,7 @@ class _Measure(_Callback):
         metrics = self.measure(trainer, pl_module, batch)
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for logger in trainer.loggers:
-            logger.log_metrics(finite, step=trainer.global_step)
+            logger.log_metrics(finite, step=step_of(trainer))
 
     def measure(self, trainer: Any, pl_module: Any, batch: Any) -> dict[str, float]:
         """The metrics by name."""

@@ -74,7 +74,8 @@ def _put(tensor: Tensor | None, value: Tensor | None) -> None:
     """The value as it was when it was kept, so that a graph that saved the tensor before finds no other version of it."""
     if tensor is not None and value is not None:
         there = tensor.data
-        for dim, stride in enumerate(there.stride()):
+        has_strides = there.layout == torch.strided and not there.is_nested
+        for dim, stride in enumerate(there.stride() if has_strides else ()):
             if stride == 0 and there.size(dim) > 1:  # its elements there are one in memory, as expand() leaves them
                 there, value = there.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
         there.copy_(value)
@@ -100,7 +101,8 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
     inner = unwrapped(model)
     state = State(inner)
     try:
-        with eagerly(), torch.enable_grad(), observing.hidden_from(Calls):
+        apart = observing.forwards_apart(list(inner.modules()))
+        with eagerly(), torch.enable_grad(), observing.hidden_from(Calls), apart:
             yield Objective(inner, loss, batch, process_group, state)
     finally:
         state.restore()
