@@ -7,29 +7,12 @@ import worlds
 from tolerance import same_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from uneven import network
 
 import syncbn
 
 SIZES = {"equal": (4, 4, 4, 4), "unequal": (1, 6, 3, 2), "empty": (5, 0, 4, 0), "single": (1, 1, 1, 1)}
 STEPS = 4
-
-
-def network(dtype):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 6, 3, stride=2),
-        nn.BatchNorm2d(6, momentum=None),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(1),
-        nn.Linear(6, 8),
-        nn.BatchNorm1d(8, eps=1e-3),
-        nn.Linear(8, 3),
-    )
-    return net.to(dtype)
 
 
 def data(step, sizes, dtype):

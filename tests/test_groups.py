@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import worlds
 from batches import Case, Result
-from test_ddp import network
 from test_layer import layer_for
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from uneven import network
 
 import syncbn
 from syncbn import collectives

@@ -7,12 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import worlds
-from test_ddp import network
 from tolerance import FAR, same_state
 from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
-from uneven import LOADERS, one_process, share, whole
+from uneven import LOADERS, network, one_process, share, whole
 
 import syncbn
 from syncbn.join import SyncBatchNormJoin

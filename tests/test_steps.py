@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
-from test_ddp import network
 from tolerance import FAR, same_state
 from torch.nn.parallel import DistributedDataParallel
-from uneven import LOADERS, one_process, share, steps_of
+from uneven import LOADERS, network, one_process, share, steps_of
 
 import syncbn
 from syncbn.control import Place, side_group

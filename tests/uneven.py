@@ -1,8 +1,8 @@
-"""Loaders of ranks that end at different times, and what one process does with all of their samples."""
+"""A network, loaders of ranks that end at different times, and what one process does with all of their samples."""
 
 import torch
 import torch.nn.functional as F
-from test_ddp import network
+from torch import nn
 
 # Samples of each batch, by rank: loaders that differ by several batches, that are empty, that have empty batches.
 LOADERS: dict[str, list[list[int]]] = {
@@ -10,6 +10,24 @@ LOADERS: dict[str, list[list[int]]] = {
     "none": [[], [3, 2, 2, 4], [4, 1], []],
     "empty": [[2, 0, 3, 0, 0, 0], [0, 4], [0, 0, 1], [0]],
 }
+
+
+def network(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(1),
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8, eps=1e-3),
+        nn.Linear(8, 3),
+    )
+    return net.to(dtype)
 
 
 def steps_of(loaders):
