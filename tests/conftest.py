@@ -14,19 +14,7 @@ import torch
 hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000, print_blob=True)
 
-LONGEST = [
-    "compile",
-    "launch",
-    "triton",
-    "host",
-    "bench",
-    "demo",
-    "faults",
-    "launch_lightning",
-    "kernels",
-    "processes",
-    "nodes",
-]
+LONGEST = ["compile", "host", "launch", "triton", "launch_lightning", "kernels", "demo", "faults", "nodes", "processes"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

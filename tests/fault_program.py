@@ -3,12 +3,11 @@
 torchrun ... fault_program.py FAULT SECONDS
 """
 
-import datetime
 import sys
 
 import torch
 import torch.distributed as dist
-from test_faults import VICTIM, Net
+from test_faults import VICTIM, Net, impatient
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
@@ -18,7 +17,7 @@ def main() -> None:
     fault, seconds = sys.argv[1], float(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")  # processes may start far apart; what counts is the group of the layers
-    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+    group = impatient(seconds)
     model = DistributedDataParallel(syncbn.convert(Net(fault, dist.get_rank() == VICTIM), group))
     dist.barrier()
     for _ in range(3):

@@ -28,6 +28,14 @@ AGENT_GRACE = 5  # seconds that torch's launcher, which has 30, gives a worker t
 STARTUP = 40.0  # seconds in which torchrun and three processes import torch on a loaded machine
 
 
+def impatient(seconds, ranks=None):
+    """A new group whose collectives wait so long; where a machine is loaded, to make it may take longer."""
+    group = dist.new_group(ranks)
+    if group is not dist.GroupMember.NON_GROUP_MEMBER:
+        group._get_backend(torch.device("cpu"))._set_default_timeout(datetime.timedelta(seconds=seconds))
+    return group
+
+
 class LostError(Exception):
     """What the victim raises."""
 
@@ -79,7 +87,7 @@ def _failing(world):
     found = {}
     for fault in ("exception", "memory"):
         for checked in (True, False):
-            group = dist.new_group(timeout=datetime.timedelta(seconds=TIMEOUT))
+            group = impatient(TIMEOUT)
             found[fault, checked] = train(group, fault, world.rank == VICTIM, checked)
             dist.barrier()  # the victim lives on, and says nothing
     return found
@@ -117,8 +125,7 @@ def assert_unchecked(kind, message, seconds, where):
 
 def _lost(world, fault):
     """Two groups side by side, the second in checked mode, that lose a rank each."""
-    timeout = datetime.timedelta(seconds=TIMEOUT)
-    groups = [dist.new_group(ranks, timeout=timeout) for ranks in ([0, 1], [2, 3])]
+    groups = [impatient(TIMEOUT, ranks) for ranks in ([0, 1], [2, 3])]
     return train(groups[world.rank // 2], fault, world.rank % 2 == VICTIM, world.rank > 1)
 
 
@@ -152,8 +159,7 @@ def late(way, group, model, odd):
 
 def _late(world):
     """In two pairs of ranks side by side, twice: what the ranks say, and what is checked right afterwards."""
-    timeout = datetime.timedelta(seconds=TIMEOUT)
-    group = [dist.new_group(ranks, timeout=timeout) for ranks in ([0, 1], [2, 3])][world.rank // 2]
+    group = [impatient(TIMEOUT, ranks) for ranks in ([0, 1], [2, 3])][world.rank // 2]
     found = {}
     for ways in (("in a forward", "not at all"), ("loop", "once more")):
         way, odd = ways[world.rank // 2], world.rank % 2
