@@ -128,11 +128,10 @@ def sync_batch_norm(
         (N, C, *) in the dtype of `input` and the strides of torch.empty_like(input).
 
     Raises:
-        ValueError: fewer than 2 dimensions, channels that do not fit, one running statistic of the two, negative eps, a mask of
-            another shape, tensors on several devices, a device without float64, a rank outside of the group; in training, an
-            input or a mask that torch.func.vmap batches beside running statistics that it does not.
-        TypeError: an input or a vector that is not of the four dtypes, a mask that is not bool, a momentum that is no number, a
-            group that is none.
+        ValueError: fewer than 2 dimensions, channels or a mask that do not fit, one running statistic of the two, negative eps,
+            tensors on several devices, a device without float64, a rank outside of the group; in training, an input or a mask
+            that torch.func.vmap batches beside running statistics that it does not.
+        TypeError: a dtype that is not of the four, a mask that is not bool, a momentum that is no number, a group that is none.
         CollectiveError: a peer is gone, or did not come within the group's timeout.
     """
     if not training:

@@ -16,7 +16,7 @@ import accelerate_program as program
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from oracle import flat
-from tolerance import same_state
+from tolerance import assert_same_state
 from torch import nn
 
 import syncbn
@@ -71,7 +71,7 @@ def test_training_saved_and_loaded_equals_one_process_on_the_whole_batch(found):
         assert (result["wrapper"], result["converted"]) == ("DistributedDataParallel", "SyncBatchNorm2d")
         assert result["classes"] == [type(layer).__name__ for layer in model]
         assert result["losses"] == pytest.approx(losses, rel=1e-12)
-        same_state(result["state"], model.state_dict())
+        assert_same_state(result["state"], model.state_dict())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
@@ -79,7 +79,7 @@ def test_transformers_trainer_takes_a_converted_model(found):
     model, _ = one_process()
     for result in (rank["trainer"] for rank in found):
         assert result["processes"] == WORLD
-        same_state(result["state"], model.state_dict())
+        assert_same_state(result["state"], model.state_dict())
 
 
 def test_accumulate_with_statistics_of_all_micro_batches(found):
@@ -111,7 +111,7 @@ def test_accumulate_with_statistics_of_all_micro_batches(found):
         assert result["refused"].startswith(
             "given a loader that accelerate prepared, whose end ends an accumulation of 3 steps"
         )
-        same_state(result["state"], expected)
+        assert_same_state(result["state"], expected)
 
 
 def assert_trained_unevenly(results):
@@ -124,7 +124,7 @@ def assert_trained_unevenly(results):
         F.cross_entropy(model(x), target).backward()
         optimizer.step()
     for result in results:
-        same_state(result["state"], model.state_dict())
+        assert_same_state(result["state"], model.state_dict())
 
 
 def test_join_uneven_inputs_on_a_cpu_says_that_it_does_nothing(found):

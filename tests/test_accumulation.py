@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
 from oracle import flat
-from tolerance import FAR, same_state
+from tolerance import FAR, assert_same_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -114,7 +114,7 @@ def test_micro_batches_under_no_sync_move_statistics_as_one_batch(world, name):
     micro = [sizes[:world] for sizes in MICRO[name]]
     want = expected(micro)
     for state in worlds.run(world, _trained, micro, True):
-        same_state(state, want, FAR)
+        assert_same_state(state, want, FAR)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -126,7 +126,7 @@ def test_one_process(distributed):
         model = syncbn.convert(network())
         train(model, micro, accumulate_statistics)
         state = model.state_dict()
-    same_state(state, expected(micro), FAR)
+    assert_same_state(state, expected(micro), FAR)
 
 
 def test_without_the_context_statistics_move_otherwise():
@@ -135,7 +135,7 @@ def test_without_the_context_statistics_move_otherwise():
     model = syncbn.convert(network())
     train(model, micro, lambda model: contextlib.nullcontext())
     with pytest.raises(AssertionError, match=r"running_mean: off by"):
-        same_state(model.state_dict(), expected(micro), FAR)
+        assert_same_state(model.state_dict(), expected(micro), FAR)
 
 
 def _collectives(world):

@@ -4,13 +4,13 @@ import functools
 
 import batches
 import pytest
+import tolerance
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 import worlds
 from batches import Case
 from collectives_seen import CollectivesSeen
-from tolerance import FAR, near
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,7 +31,7 @@ class Definition(nn.BatchNorm2d):
         return y * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
-assert_near = functools.partial(near, relative=FAR)
+assert_near = functools.partial(tolerance.assert_near, relative=tolerance.FAR)
 
 
 def layer(group=None, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import worlds
 from collectives_seen import CollectivesSeen
-from tolerance import same_state
+from tolerance import assert_same_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -118,7 +118,7 @@ def expected(cls, world, forwards, accumulate):
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_move_once_and_results_are_those_without(world, kind):
     for state in worlds.run(world, _trained, Net, kind, 1, False, False):
-        same_state(state, expected(Net, world, 1, False))
+        assert_same_state(state, expected(Net, world, 1, False))
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
@@ -126,20 +126,20 @@ def test_statistics_move_once_and_results_are_those_without(world, kind):
 def test_several_forwards_and_accumulation(kind, forwards, accumulate, ddp):
     """Two forwards before a backward, or a backward for each."""
     for state in worlds.run(2, _trained, Net, kind, forwards, accumulate, ddp):
-        same_state(state, expected(Net, 2, forwards, accumulate))
+        assert_same_state(state, expected(Net, 2, forwards, accumulate))
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_nested_checkpoints(kind):
     for state in worlds.run(2, _trained, Nested, kind, 1, False, False):
-        same_state(state, expected(Nested, 2, 1, False))
+        assert_same_state(state, expected(Nested, 2, 1, False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_alone_statistics_move_once_too(kind):
     """Where the layer is torch's own."""
     net = syncbn.convert(Net(kind).double())
-    same_state(train(net, lambda step: torch.cat(batch(step, 2)).requires_grad_()), expected(Net, 2, 1, False))
+    assert_same_state(train(net, lambda step: torch.cat(batch(step, 2)).requires_grad_()), expected(Net, 2, 1, False))
 
 
 def _counted(world, cls, kind, early_stop):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import worlds
-from tolerance import same_state
+from tolerance import assert_same_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from uneven import network
@@ -76,7 +76,7 @@ def check(world, shares, dtype, forwards, when, tolerance, run=worlds.run):
     results = run(world, _on_a_rank, shares, dtype, forwards, when)
     assert torch.tensor([r[0] for r in results], dtype=torch.float64).sum(0).tolist() == pytest.approx(losses, rel=tolerance)
     for rank, (_, state) in enumerate(results):
-        same_state(state, expected.state_dict(), tolerance, f"of rank {rank}")
+        assert_same_state(state, expected.state_dict(), tolerance, f"of rank {rank}")
 
 
 def _mean_loss(world):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import worlds
-from tolerance import same_state
+from tolerance import assert_same_state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -65,7 +65,7 @@ def assert_trained_alike(results, sizes=SIZES):
     for losses_of_ranks in zip(*(found for found, _ in results), strict=True):
         assert sum(losses_of_ranks) == pytest.approx(losses.pop(0), rel=1e-12)
     for _, state in results:
-        same_state(state, model.state_dict())
+        assert_same_state(state, model.state_dict())
 
 
 def units():

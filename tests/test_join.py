@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import worlds
-from tolerance import FAR, same_state
+from tolerance import FAR, assert_same_state
 from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
@@ -95,7 +95,7 @@ def check_training(world, case, found):
         total = sum(losses[step] for losses, _ in found if step < len(losses))
         assert total == pytest.approx(expected, rel=1e-11), f"step {step}"
     for rank, (_, state) in enumerate(found):
-        same_state(state, model.state_dict(), FAR, f"of rank {rank}")
+        assert_same_state(state, model.state_dict(), FAR, f"of rank {rank}")
 
 
 EPOCHS = [[3, 2, 2], [4], []]  # samples of each batch by rank, in each of two epochs of unequal ranks
@@ -130,7 +130,7 @@ def test_a_second_epoch_in_which_other_ranks_are_short():
             F.cross_entropy(model(x), target).backward()
             optimizer.step()
     for rank, state in enumerate(result["_two_epochs"] for result in results(3)):
-        same_state(state, model.state_dict(), FAR, f"of rank {rank}")
+        assert_same_state(state, model.state_dict(), FAR, f"of rank {rank}")
 
 
 def _by_ranks_with_data(world):
@@ -150,7 +150,7 @@ def _by_ranks_with_data(world):
 def test_gradients_divided_by_the_ranks_that_have_data():
     model, _ = one_process([[2, 2, 2, 2], [2], []])
     for rank, state in enumerate(result["_by_ranks_with_data"] for result in results(3)):
-        same_state(state, model.state_dict(), FAR, f"of rank {rank}")
+        assert_same_state(state, model.state_dict(), FAR, f"of rank {rank}")
 
 
 def _two_groups(world):
@@ -179,7 +179,7 @@ def test_wrappers_over_groups_side_by_side():
             optimizer.zero_grad()
             F.cross_entropy(model(x), target).backward()
             optimizer.step()
-        same_state(state, model.state_dict(), FAR, f"of rank {rank}")
+        assert_same_state(state, model.state_dict(), FAR, f"of rank {rank}")
 
 
 class Choosing(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import worlds
-from tolerance import FAR, same_state
+from tolerance import FAR, assert_same_state
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -104,7 +104,7 @@ def one_process(model, optimizer, loaders, penalty=False):
 
 def check(case, model):
     for rank, result in enumerate(results()):
-        same_state(result[case], model.state_dict(), FAR, f"of rank {rank}")
+        assert_same_state(result[case], model.state_dict(), FAR, f"of rank {rank}")
 
 
 def _trained(world, use):

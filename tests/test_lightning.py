@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
-from tolerance import FAR, same_state
+from tolerance import FAR, assert_same_state
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -181,7 +181,7 @@ def test_fit_and_resume_equal_one_process(found, namespace, way):
             losses, rel=1e-11
         )
         for result in both:
-            same_state(result["state"], state, FAR)
+            assert_same_state(result["state"], state, FAR)
 
 
 @pytest.mark.parametrize(("namespace", "way"), CASES)
@@ -366,7 +366,7 @@ def _fabric(world, directory):
 def test_fabric_equals_one_process(found):
     for wrapped, size, state in (rank["_fabric"] for rank in found):
         assert (wrapped, size) == ("Sequential", 2)
-        same_state(state, one_process()[0][1], FAR)
+        assert_same_state(state, one_process()[0][1], FAR)
 
 
 def _twice(world, directory):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
-from tolerance import FAR, same_state
+from tolerance import FAR, assert_same_state
 from torch.nn.parallel import DistributedDataParallel
 from uneven import LOADERS, network, one_process, share, steps_of
 
@@ -54,7 +54,7 @@ def check_training(world, name, accumulate=1, buffers=True):
     results = worlds.run(world, _train, name, accumulate, buffers)
     assert torch.tensor([r[0] for r in results], dtype=torch.float64).sum(0).tolist() == pytest.approx(losses, rel=1e-11)
     for rank, (_, state) in enumerate(results):
-        same_state(state, model.state_dict(), FAR, f"of rank {rank}")
+        assert_same_state(state, model.state_dict(), FAR, f"of rank {rank}")
 
 
 def _sizes_and_weights(world, loaders):

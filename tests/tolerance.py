@@ -9,7 +9,7 @@ relative to the largest value of the tensor:
     float64             50 units: sums of some hundred terms
     every dtype         1e-14·(1 + (mean/std)²): the message's raw moments S2/n − μ² lose the square of the ratio
 
-`near`, of what steps and derivatives lead to: float64 alone, relative to the largest value of the tensor.
+`assert_near`, of what steps and derivatives lead to: float64 alone, relative to the largest value of the tensor.
 """
 
 import math
@@ -66,7 +66,7 @@ def check(
     assert off <= allowed, f"{name}: off by {off:.3g}, allowed {allowed:.3g} (largest value {scale:.3g}, {result.dtype})"
 
 
-def near(got: Tensor, want: Tensor, name: str = "", relative: float = STEPS) -> None:
+def assert_near(got: Tensor, want: Tensor, name: str = "", relative: float = STEPS) -> None:
     """Assert that two tensors differ by rounding alone, relative to the largest value, or to 1 where that is less."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     if want.numel():
@@ -74,8 +74,8 @@ def near(got: Tensor, want: Tensor, name: str = "", relative: float = STEPS) -> 
         assert off <= relative * max(1.0, largest), f"{name}: off by {off:.3g}, allowed {relative:.3g} of {largest:.3g}"
 
 
-def same_state(got: Mapping[str, Tensor], want: Mapping[str, Tensor], relative: float = STEPS, where: str = "") -> None:
-    """Assert that two states have the same tensors, as near as `near` has it."""
+def assert_same_state(got: Mapping[str, Tensor], want: Mapping[str, Tensor], relative: float = STEPS, where: str = "") -> None:
+    """Assert that two states have the same tensors, as near as `assert_near` has it."""
     assert got.keys() == want.keys()
     for name, value in want.items():
-        near(got[name], value, f"{name} {where}".rstrip(), relative)
+        assert_near(got[name], value, f"{name} {where}".rstrip(), relative)
