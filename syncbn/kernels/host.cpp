@@ -6,8 +6,8 @@
      - nothing is linked but torch, and programs are launched by what Triton made: all is built and tested without a GPU.
 
    Any call of Python may let another thread run: what is in a container is held by its shared_ptr over such a call, never by
-   reference. Calls of torch, and nothing else, go through `apart`, which lets go of the interpreter's lock and keeps autograd,
-   which Python's own calls of torch are left to, out of them. */
+   reference. Calls of torch, and nothing else, go through `apart`: without the interpreter's lock, and below autograd, which
+   other threads still need for theirs. */
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
