@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from bench_files import ACCURACY, LAYER, ONE_CASE, SCALING, STEP
+from broken import scaled
 from torch import nn
 
 from syncbn import collectives
@@ -17,20 +18,6 @@ from syncbn.kernels import aten
 
 MODULE = __name__
 pytestmark = pytest.mark.usefixtures("heap_as_it_is")
-
-
-def scaled(function, part=None, factor=1.05):
-    """The function with what it returns, or a part of it, wrong."""
-
-    def wrong(*arguments):
-        value = function(*arguments)
-        if part is None:
-            return value * factor
-        if isinstance(part, int):
-            return tuple(item * factor if number == part else item for number, item in enumerate(value))
-        return value._replace(**{part: getattr(value, part) * factor})
-
-    return wrong
 
 
 WRONG = {

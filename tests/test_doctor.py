@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import worlds
+from broken import scaled
 from torch import nn
 
 from syncbn import collectives, control, kernels
@@ -134,20 +135,6 @@ def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     run.add_command(parser.add_subparsers())
     return parser.parse_args(["doctor", "--repeats=2", "--steps=2", *arguments])
-
-
-def scaled(function, part, factor=1.05):
-    """The function with one of the values that it returns, or with its only one, wrong."""
-
-    def wrong(*arguments):
-        value = function(*arguments)
-        if part is None:
-            return value * factor
-        if isinstance(part, int):
-            return tuple(item * factor if number == part else item for number, item in enumerate(value))
-        return value._replace(**{part: getattr(value, part) * factor})
-
-    return wrong
 
 
 def half_wrong(x, message, affine, running):

@@ -29,10 +29,11 @@ LAYERS = [
     {"convert"},
 ]
 # What benchmarks compare ours with issues collectives of its own.
-COMMANDS = ("analysis", "bench", "demo", "doctor")  # begin and end a job
+COMPARED = [("bench", name) for name in ("peers", "messages", "sync_operators", "fake_world")]
+# The commands begin and end a job, by these names of torch.distributed.
+COMMANDS = ("analysis", "bench", "demo", "doctor")
 OF_A_JOB = {"init_process_group", "destroy_process_group", "barrier", "HashStore"}
 OF_A_JOB |= {"get_backend", "get_rank", "get_world_size", "group", "is_nccl_available"}
-COMPARED = [("bench", name) for name in ("peers", "messages", "sync_operators", "fake_world")]
 TRITON = ("triton", "programs", "tiles")  # the files that import it
 FRAMEWORKS = {"pytorch_lightning", "lightning", "accelerate", "triton", "numpy", "sklearn", "matplotlib", "tqdm"}
 
