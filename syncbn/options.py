@@ -1,7 +1,11 @@
-"""Types of options on the command line, whose errors say what was given and what was expected, and how help tells defaults."""
+"""What commands have in common: types of options, whose errors say what was given and expected, help, and users' functions."""
 
 import argparse
+import importlib
+import os
+import sys
 from collections.abc import Callable
+from typing import Any
 
 LARGEST = 2**63 - 1  # of torch's integers
 
@@ -27,6 +31,21 @@ def positive(text: str) -> float:
     if not 0 < value <= 1e9:
         raise argparse.ArgumentTypeError(f"given {text!r}; expected a number above 0, 1e+09 at most")
     return value
+
+
+def function_name(text: str) -> str:
+    """The type of an option that names a function of the user's, `module:function`."""
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"given {text!r}; expected module:function")
+    return text
+
+
+def made_by(name: str) -> Any:
+    """What that function gives, of a module in the working directory or on the path. Raises whatever either raises."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), function)()
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):

@@ -73,7 +73,7 @@ def update_bn_stats(
         progress: show a progress bar on rank 0, if tqdm is installed.
 
     Raises:
-        ValueError: num_batches is below 1; a rank has no batch (raised on all ranks).
+        ValueError: num_batches is below 1; a rank has no batch (raised on all ranks); a batch is a list or tuple of nothing.
         TypeError: a rank has run out of batches that hold tensors in something else (raised on all ranks).
     """
     if num_batches is not None and num_batches < 1:
@@ -224,7 +224,7 @@ def _steps(loader: Iterable[Any], num_batches: int | None, groups: list[ProcessG
         raise ValueError(f"given a loader of {given} on rank {rank} of {size}; expected one batch or more on each rank")
     inputs = None
     while some:
-        inputs = batch[0] if isinstance(batch, (list, tuple)) else inputs if batch is NO_BATCH else batch
+        inputs = inputs if batch is NO_BATCH else _input_of(batch)
         yield inputs
         batch, problem = next(batches, NO_BATCH), None
         if batch is NO_BATCH and groups:
@@ -237,6 +237,15 @@ def _steps(loader: Iterable[Any], num_batches: int | None, groups: list[ProcessG
             rank, size = collectives.rank_and_size()
             found = problem or "given a batch, and another rank, out of them, none that it can empty; expected as many on each"
             raise TypeError(f"{found} (rank {rank} of {size})")
+
+
+def _input_of(batch: Any) -> Any:
+    if not isinstance(batch, (list, tuple)):
+        return batch
+    if not batch:
+        rank, size = collectives.rank_and_size()
+        raise ValueError(f"given an empty {type(batch).__name__} on rank {rank} of {size}; expected a batch, its input first")
+    return batch[0]
 
 
 def _emptied(inputs: Any) -> Any:

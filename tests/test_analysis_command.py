@@ -61,6 +61,7 @@ def _here(monkeypatch):
         (["analyze"], "the following arguments are required: what"),
         (["analyze", "moise"], "invalid choice: 'moise'"),
         (["analyze", "noise", "--model", "a:b"], "given --model with noise; expected growth"),
+        (["analyze", "growth", "--model", "a"], "given 'a'; expected module:function"),
         (["analyze", "noise", "--seeds", "-1"], "given '-1'; expected a whole number"),
         (["analyze", "noise", "--seeds", "x"], "given 'x'; expected a whole number"),
         (["analyze", "noise", "--out", "/nowhere"], "expected a directory that can be written to"),
@@ -170,7 +171,6 @@ def test_your_own_network(capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (f"{MODULE}", "expected module:function"),
         (f"{MODULE}:only_a_model", "returned Linear; expected (model, batch, loss)"),
         (f"{MODULE}:without_loss", "returned (Linear, Tensor, NoneType); expected (model, batch, loss)"),
         (f"{MODULE}:without_gradient", "expected a tensor of one value that needs a gradient"),

@@ -1,12 +1,14 @@
 """Whatever happens in a measure, the model is afterwards as it was: parameters, gradients, buffers, modes, random state."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 import worlds
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
@@ -271,6 +273,26 @@ def test_sharded_parameters_are_refused(name):
     with pytest.raises(ValueError, match=r"given parameter '2\.shard' sharded over mesh, as fully_shard leaves it; expected"):
         MEASURES[name](model, loss, batch())
     assert loss.calls == 0
+
+
+def _flat(world):
+    wrapped = FullyShardedDataParallel(
+        network(), process_group=world.group, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    errors = []
+    for model, measure in itertools.product((wrapped, nn.Sequential(wrapped)), MEASURES.values()):
+        try:
+            measure(model, Loss(), batch())
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_flat_parameters_are_refused():
+    (errors, others) = worlds.run(2, _flat)
+    expected = "in FullyShardedDataParallel, which shards its parameters; expected whole ones: measure the model before it is "
+    said = [f"given {where} {expected}wrapped, or a copy with the same state" for where in ("a model", "module '0'")]
+    assert errors == others == [said[0]] * len(MEASURES) + [said[1]] * len(MEASURES)
 
 
 class Caching(nn.Module):

@@ -95,10 +95,12 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
         process_group: the ranks whose shares make the batch; None: all ranks. Each of them comes.
 
     Raises:
-        ValueError: no parameter of the model requires a gradient, or one does that is complex or sharded; a call inside of
-            torch.inference_mode(); in a pass, `loss` gives no scalar tensor with a gradient.
+        ValueError: no parameter of the model requires a gradient, or one does that is complex; parameters are sharded, by
+            fully_shard or FullyShardedDataParallel; a call inside of torch.inference_mode(); in a pass, `loss` gives no scalar
+            tensor with a gradient.
     """
     inner = unwrapped(model)
+    _refuse_parameters(inner)
     state = State(inner)
     try:
         apart = observing.forwards_apart(list(inner.modules()))
@@ -116,17 +118,6 @@ class Objective:
         self.group = resolve(process_group)
         self.size = size_of(self.group)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.is_complex():
-                raise ValueError(
-                    f"given parameter {name!r} of {parameter.dtype}; expected real parameters: keep its torch.view_as_real, "
-                    "and take torch.view_as_complex of that in forward"
-                )
-            if hasattr(parameter, "device_mesh"):
-                raise ValueError(
-                    f"given parameter {name!r} sharded over {parameter.device_mesh}, as fully_shard leaves it; expected a "
-                    "whole one: measure the model before fully_shard, or a copy with the same state"
-                )
         if torch.is_inference_mode_enabled():
             raise ValueError("given a measure inside of torch.inference_mode(); expected it outside: gradients are taken")
         if not self.parameters:
@@ -156,6 +147,27 @@ class Objective:
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the ranks, float64."""
         return sum_over_ranks(tensors, self.group, "syncbn.analysis")
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    """ValueError where gradients are not those of the parameters that the model shows."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise ValueError(
+                f"given parameter {name!r} of {parameter.dtype}; expected real parameters: keep its torch.view_as_real, and "
+                "take torch.view_as_complex of that in forward"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"given parameter {name!r} sharded over {parameter.device_mesh}, as fully_shard leaves it; expected a whole "
+                "one: measure the model before fully_shard, or a copy with the same state"
+            )
+    for name, module in model.named_modules():
+        if hasattr(module, "_fsdp_wrapped_module"):
+            raise ValueError(
+                f"given {f'module {name!r}' if name else 'a model'} in FullyShardedDataParallel, which shards its parameters; "
+                "expected whole ones: measure the model before it is wrapped, or a copy with the same state"
+            )
 
 
 def norm(tensors: Sequence[Tensor]) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .. import collectives, environment
-from ..options import Defaults, whole
+from ..options import Defaults, function_name, whole
 
 NAMES = ("noise", "shift", "growth", "smoothness", "gdnp")
 PARALLEL = ("growth", "shift")
@@ -47,6 +47,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--out", type=_directory, default=Path("."), metavar="DIR", help="where syncbn-<experiment>.png goes")
     parser.add_argument(
         "--model",
+        type=function_name,
         metavar="MODULE:FUNCTION",
         help="with growth: instead of the experiment, your network; the function, called without arguments, gives "
         "(model, batch, loss), where loss(model, batch) is the mean loss of this rank's share",

@@ -1,13 +1,11 @@
 """The user's own network on the command line: `--model module:function`."""
 
-import importlib
-import os
-import sys
 from typing import Any
 
 from torch import nn
 
 from ..doctor.finding import table
+from ..options import made_by
 from .growth import Growth
 from .objective import Loss
 
@@ -16,14 +14,9 @@ def load(name: str) -> tuple[nn.Module, Any, Loss]:
     """What the function gives: (model, batch, loss).
 
     Raises:
-        ValueError: the name is not module:function, or what it gives is something else.
+        ValueError: it gives something else.
     """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"given --model {name!r}; expected module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    made = getattr(importlib.import_module(module), function)()
+    made = made_by(name)
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module) and callable(made[2])):
         kinds = f"({', '.join(type(part).__name__ for part in made)})" if isinstance(made, tuple) else type(made).__name__
         raise ValueError(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..doctor.place import driver
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
@@ -134,7 +135,7 @@ def accelerator(device: torch.device) -> dict[str, str]:
     """Versions of what is below torch on a GPU, empty where there is none of them: columns of the rows measured there."""
     on_gpu = device.type == "cuda"
     return {
-        "driver": _driver() if on_gpu else "",
+        "driver": driver() if on_gpu else "",
         "cuda": str(torch.version.cuda or "") if on_gpu else "",
         "triton": _version_of("triton"),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu and torch.distributed.is_nccl_available() else "",
@@ -146,16 +147,6 @@ def _version_of(package: str) -> str:
         return str(importlib.import_module(package).__version__)
     except ImportError:
         return ""
-
-
-def _driver() -> str:
-    """As nvidia-smi tells it; nothing where it is not there."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.split("\n", 1)[0].strip() if done.returncode == 0 else ""
 
 
 def commit() -> str:

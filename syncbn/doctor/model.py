@@ -5,10 +5,7 @@ def build():                           # tiny.py, in the directory where the doc
 """
 
 import functools
-import importlib
-import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +19,7 @@ from ..control import listed
 from ..convert import convert
 from ..module import _Synchronized
 from ..observing import Call
+from ..options import made_by
 from .finding import Finding, by_rank, table
 from .latency import Key, Taken, cost, group_sizes, timed
 
@@ -42,13 +40,8 @@ class Layer(NamedTuple):
 
 def load(name: str, device: torch.device) -> Loaded | str:
     """The model, converted, in training mode, and its input; or what is wrong."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        return f"given {name!r}; expected module:function"
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module), function)()
+        made = made_by(name)
         if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
             return f"{name} returned {type(made).__name__}; expected (model, input): a module and a tensor, or a tuple of them"
         model, inputs = made[0], made[1] if isinstance(made[1], tuple) else (made[1],)

@@ -2,11 +2,10 @@
 
 import os
 import platform
-import re
 import socket
 import struct
+import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +54,7 @@ def facts(backend: str, device: torch.device) -> Facts:
         kernels=_kernels(device),
         cuda=torch.version.cuda or NONE,
         nccl=".".join(map(str, torch.cuda.nccl.version())) if on_gpu and backend == "nccl" else NONE,
-        driver=_driver(),
+        driver=driver() or NONE,
         backend=backend,
         device=torch.cuda.get_device_name(device)
         if on_gpu
@@ -71,12 +70,14 @@ def _kernels(device: torch.device) -> str:
     return "compiled, launched by C++" if getattr(picked, "__name__", "") == f"{kernels.__name__}.host" else "compiled"
 
 
-def _driver() -> str:
+def driver() -> str:
+    """The version of NVIDIA's, as nvidia-smi tells it; nothing where it is not there."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        return NONE
-    return found[1] if found else NONE
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.split("\n", 1)[0].strip() if done.returncode == 0 else ""
 
 
 def interface(backend: str) -> str:

@@ -15,7 +15,7 @@ import traceback
 import torch
 
 from .. import environment
-from ..options import Defaults, positive, whole
+from ..options import Defaults, function_name, positive, whole
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,7 +28,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "Start it alone, or by torchrun as you start your training. Exit status: 0 if everything holds, 1 if not.",
         formatter_class=Defaults,
     )
-    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="called without arguments, gives (model, input of a rank)")
+    parser.add_argument(
+        "--model",
+        type=function_name,
+        metavar="MODULE:FUNCTION",
+        help="called without arguments, gives (model, input of a rank)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs, if each rank has one")
     parser.add_argument("--repeats", type=whole(2, 10**6), default=30, metavar="N", help="of each collective that is measured")
     parser.add_argument("--steps", type=whole(2, 10**6), default=10, metavar="N", help="of the model that are measured")
