@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
             if told is None:
                 return 1
             for old in host.LIBRARY.parent.glob(f"_host-*{host.ENDING}"):  # of other sources
-                old.unlink()
+                old.unlink(missing_ok=True)  # another build may be at it
             made.replace(host.LIBRARY)
     except (RuntimeError, OSError) as error:
         print(error, file=sys.stderr)

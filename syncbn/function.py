@@ -59,20 +59,22 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, saved = compute.normalize(x, message, affine, None if hold else running)
         statistics, weight, saved_bias, saved_y, relu = saved
         ctx.save_for_backward(x, statistics, weight, saved_bias, saved_y, mask)
-        ctx.rest = relu, affine.eps, None if bias is None else bias.dtype, call, observers
+        # Other kernels round otherwise, and a ReLU by x would pass others; what watches operators may be gone in backward.
+        composed = relu and saved_y is None and compute is kernels.composed()
+        ctx.rest = relu, affine.eps, None if bias is None else bias.dtype, call, observers, composed
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, statistics, weight, bias, y, mask = ctx.saved_tensors
-        relu, eps, bias_dtype, forward, observers = ctx.rest
+        relu, eps, bias_dtype, forward, observers, composed = ctx.rest
         saved, call = Saved(statistics, weight, bias, y, relu), forward.backward()
         dx: Tensor | None
         dresidual: Tensor | None
         if differentiable.wanted_backward(dy):
             dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, eps, call, mask, observers)
         else:
-            compute = kernels.pick(x)
+            compute = kernels.composed() if composed else kernels.pick(x)
             sums = compute.gradient_sums(dy, x, saved)
             # Issued whether this rank needs dx or not: the others may.
             message, _ = collectives.all_reduce(sums.message, call, observers)

@@ -1,5 +1,6 @@
 """Batch norm, what is added to it and the ReLU behind as one layer: every value is that of one process with three modules."""
 
+import contextlib
 import copy
 import functools
 
@@ -15,6 +16,7 @@ from allpairspy import AllPairs
 from batches import Case, Result
 from collectives_seen import CollectivesSeen
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
@@ -277,6 +279,32 @@ def test_what_is_kept_for_backward(added):
         y = layer(x.requires_grad_(), residual)
     large = [t.data_ptr() for t in kept if t.numel() > 2 * batches.CHANNELS + 1]
     assert sorted(large) == sorted([x.data_ptr(), *([y.data_ptr()] if added else [])])
+
+
+class Watching(TorchDispatchMode):
+    """Sees all operators, as selective checkpoints do: what it watches is composed of them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watching", [contextlib.nullcontext, Watching])
+def test_backward_passes_what_forward_passed_to_the_bit(watching):
+    """Where a value of each channel is zero but for rounding, which other kernels do otherwise; by what dbias counts."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(0, 50, (8, 64, 16, 16), generator=generator).float()
+        layer = SyncBatchNormReLU(64)
+        layer._force_sync = True
+        with torch.no_grad():
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            layer.weight.uniform_(0.5, 2, generator=generator)
+            zero = torch.randint(0, 50, (64,), generator=generator).float()
+            layer.bias.copy_((mean - zero) * (var + layer.eps).rsqrt() * layer.weight)
+        with watching():
+            y = layer(x)
+        y.sum().backward()
+        assert torch.equal(layer.bias.grad, (y > 0).sum((0, 2, 3)).float())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -456,6 +456,21 @@ def test_what_the_command_builds_takes_the_place_of_what_it_built_before(compile
     assert "not tried, since there is no GPU here" in said
 
 
+def test_what_another_build_took_away_is_gone(compiler, monkeypatch):
+    """Of two at once, as on two machines that share the files, one is the first."""
+    (compiler / f"_host-0{host.ENDING}").write_bytes(b"old")
+    found = Path.glob
+
+    def late(directory, pattern):
+        for path in (paths := list(found(directory, pattern))):
+            path.unlink()
+        return paths
+
+    monkeypatch.setattr(Path, "glob", late)
+    assert main(["build"]) == 0
+    assert list(compiler.iterdir()) == [host.LIBRARY]
+
+
 @pytest.mark.parametrize("problem", [None, "a fault"])
 def test_what_does_not_work_on_the_gpu_is_not_kept(problem, compiler, monkeypatch, capsys):
     host.LIBRARY.write_bytes(b"one that worked")

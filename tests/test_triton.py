@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import batches
+import numpy as np
 import pytest
 import tolerance
 import torch
@@ -296,11 +297,13 @@ def test_where_nothing_compiles_it_is_said_once_and_all_is_composed(monkeypatch,
     assert "C compiler on the path" in record.getMessage()
 
 
-def test_a_trial_without_memory_is_none(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")], ids=str)
+def test_a_trial_without_memory_is_none(error, monkeypatch):
+    """Whether torch says so, or the driver, which loads a program."""
     monkeypatch.setattr(syncbn.kernels, "_tried", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch, "zeros", mock.Mock(side_effect=torch.OutOfMemoryError))
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(torch, "zeros", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)):
         in_triton(3)
     monkeypatch.setattr(in_triton(), "problem", lambda device: None)
     assert in_triton(3) is in_triton()
@@ -447,6 +450,16 @@ def all_that_differs() -> Iterator[tuple[torch.Tensor, Affine, Running | None]]:
         vector = None if parameters is None else torch.empty(c + offset, dtype=parameters)[offset:]
         running = None if momentum is None else Running(torch.empty(c), torch.empty(c), torch.tensor(0), momentum)
         yield x, Affine(vector, vector, eps, fused != "none", residual), running
+
+
+@not_interpreted
+@pytest.mark.parametrize("value", [1e-5, 0.5, math.inf])
+def test_a_number_of_numpy_compiles_as_one_of_python(value):
+    """Triton knows no others; its parts add up to it."""
+    for kind in (np.float32, np.float64, float):
+        parts = in_triton()._pair(kind(value))
+        assert [type(part) for part in parts] == [float, float]
+        assert sum(parts) == kind(value)
 
 
 @not_interpreted

@@ -9,7 +9,7 @@ Requirements
 import triton
 import triton.language as tl
 
-from .tiles import apply, coefficients, merge, move, once, passed, pivot_of, place, sizes, tile
+from .tiles import apply, coefficients, merge, move, once, parameter, passed, pivot_of, place, sizes, tile
 
 NUMBERS = ["n", "c", "s", "tiles", "splits", "team", "eps", "eps_rest", "momentum", "momentum_rest"]
 
@@ -84,7 +84,7 @@ def gradient_sums(
     part, block, channel = place(c, BLOCK_C)
     mu = tl.load(statistics + channel, mask=channel < c, other=0.0)
     inv = tl.load(statistics + c + channel, mask=channel < c, other=0.0)
-    hi, lo, scale, shift = coefficients(mu, inv, weight, bias, channel, c)
+    hi, lo, scale, shift = coefficients(mu, inv, parameter(weight, channel, c, 1.0), parameter(bias, channel, c, 0.0))
     hi, lo, scale, shift = once(hi), once(lo.to(tl.float32)), once(scale.to(tl.float32)), once(shift)
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -142,27 +142,24 @@ def normalize(
     part, block, channel = place(c, BLOCK_C)
     real = channel < c
     one = tl.arange(0, 1)
+    # All that memory has to bring is asked for at once: a load behind a division would wait for it, and be waited for.
     count = tl.load(message + 2 * c + one)
+    s1 = tl.load(message + channel, mask=real, other=0.0)
+    s2 = tl.load(message + c + channel, mask=real, other=0.0)
+    gamma, beta = parameter(weight, channel, c, 1.0), parameter(bias, channel, c, 0.0)
+    mine = real & (part == 0)
+    if running_mean is not None:
+        old_mean = tl.load(running_mean + channel, mask=mine, other=0.0).to(tl.float64)
+        old_var = tl.load(running_var + channel, mask=mine, other=0.0).to(tl.float64)
+        if tracked is not None:
+            batches = tl.load(tracked + one, mask=part == 0, other=0)
     values = tl.maximum(count, 1.0)
-    mean = tl.load(message + channel, mask=real, other=0.0) / values  # a product would go unrounded into its rest, here alone
-    square = tl.load(message + c + channel, mask=real, other=0.0) / values - mean * mean
+    mean = s1 / values  # a product would go unrounded into its rest, here alone
+    square = s2 / values - mean * mean
     var = tl.where(square < 0, 0.0, square)
     invstd = 1 / tl.sqrt(var + (tl.full([1], eps, tl.float64) + eps_rest))  # tl.rsqrt is an approximation
-    hi, _, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
+    hi, _, scale, shift = coefficients(mean, invstd, gamma, beta)
     hi, scale, shift = once(hi), once(scale.to(tl.float32)), once(shift)
-    if part == 0:
-        tl.store(statistics + channel, mean, mask=real)
-        tl.store(statistics + c + channel, invstd, mask=real)
-        if block == 0:
-            tl.store(statistics + 2 * c + one, count)
-        if running_mean is not None:
-            factor = tl.full([1], momentum, tl.float64) + momentum_rest
-            if IS_CUMULATIVE:
-                factor = 1 / tl.maximum(tl.load(tracked + one), 1).to(tl.float64)
-            elif tracked is not None and block == 0:
-                tl.store(tracked + one, tl.load(tracked + one) + (count > 0).to(tl.int64))
-            move(running_mean, channel, mean, factor, real & (count > 0))
-            move(running_var, channel, var * (count / tl.maximum(count - 1, 1.0)), factor, real & (count > 1))
     for back in tl.range(part, tiles, splits, num_stages=3):  # what was read last, and may still be in a cache, comes first
         offset, valid = tile(tiles - 1 - back, channel, n, c, s, IS_ROWS, IS_WIDE, BLOCK_P)
         value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
@@ -172,6 +169,19 @@ def normalize(
         if RELU:
             value = passed(value, value)
         tl.store(y + offset, value, mask=valid)
+    if part == 0:
+        tl.store(statistics + channel, mean, mask=real)
+        tl.store(statistics + c + channel, invstd, mask=real)
+        if block == 0:
+            tl.store(statistics + 2 * c + one, count)
+        if running_mean is not None:
+            factor = tl.full([1], momentum, tl.float64) + momentum_rest
+            if IS_CUMULATIVE:
+                factor = 1 / tl.maximum(batches, 1).to(tl.float64)
+            elif tracked is not None and block == 0:
+                tl.store(tracked + one, batches + (count > 0).to(tl.int64))
+            move(running_mean, channel, old_mean, mean, factor, real & (count > 0))
+            move(running_var, channel, old_var, var * (count / tl.maximum(count - 1, 1.0)), factor, real & (count > 1))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -198,12 +208,14 @@ def input_gradient(
     n, c, s = sizes(n, c, s, IS_ROWS, IS_WIDE, UNIT)
     part, _, channel = place(c, BLOCK_C)
     real = channel < c
-    each = 1 / tl.maximum(tl.load(statistics + 2 * c), 1.0)
+    count = tl.load(statistics + 2 * c)
     sum_dy = tl.load(message + channel, mask=real, other=0.0)
     sum_dy_xmu = tl.load(message + c + channel, mask=real, other=0.0)
     mean = tl.load(statistics + channel, mask=real, other=0.0)
     invstd = tl.load(statistics + c + channel, mask=real, other=0.0)
-    hi, lo, scale, shift = coefficients(mean, invstd, weight, bias, channel, c)
+    gamma, beta = parameter(weight, channel, c, 1.0), parameter(bias, channel, c, 0.0)
+    each = 1 / tl.maximum(count, 1.0)
+    hi, lo, scale, shift = coefficients(mean, invstd, gamma, beta)
     slope = -scale * invstd * invstd * sum_dy_xmu * each
     addend = (-scale * sum_dy * each - slope * lo).to(tl.float32)
     hi, slope, addend = once(hi), once(slope.to(tl.float32)), once(addend)

@@ -159,12 +159,12 @@ def once(vector):
 
 
 @triton.jit
-def coefficients(mean, invstd, weight, bias, channel, c):
+def coefficients(mean, invstd, gamma, beta):
     """hi and shift (BLOCK_C,) float32, lo and scale float64: the mean is hi + lo, γ·x̂ + β is (x − hi)·scale + shift."""
     hi = mean.to(tl.float32)
     lo = mean - hi.to(tl.float64)
-    scale = invstd * parameter(weight, channel, c, 1.0)
-    return hi, lo, scale, tl.fma(-scale, lo, parameter(bias, channel, c, 0.0)).to(tl.float32)
+    scale = invstd * gamma
+    return hi, lo, scale, tl.fma(-scale, lo, beta).to(tl.float32)
 
 
 @triton.jit
@@ -180,9 +180,8 @@ def passed(value, y):
 
 
 @triton.jit
-def move(running, channel, value, factor, moves):
+def move(running, channel, old, value, factor, moves):
     """Move a running statistic (C,) towards `value` (BLOCK_C,) where `moves`."""
-    old = tl.load(running + channel, mask=moves, other=0.0).to(tl.float64)
     new = (1 - factor) * old + factor * value
     if running.dtype.element_ty != tl.float64:
         new = new.to(tl.float32)
