@@ -1,7 +1,8 @@
 """Checked mode: ranks that do not run the same program all stop at once, and say where each of them is.
 
 Requirements
-    - one fixed-size control message before each collective, in every phase and at the end: ranks that differ always meet;
+    - one fixed-size control message before each collective, in every phase and at the end: ranks that differ always meet,
+      and before those of a wrapper's forward, in which others would stand that no layer has called yet;
     - every rank comes to the same verdict from the same rows, so that all raise or none;
     - the error of a rank that failed is its own; the others get its text.
 """
@@ -11,11 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import observing
 from .collectives import CollectiveError, Group, ProcessGroup
 from .control import Place, Rows, Side, digest, listed, ranks_of, side_group
+from .module import _Synchronized
 from .names import named
 from .observing import Call
 
@@ -39,15 +43,17 @@ def checked(model: nn.Module) -> Iterator[None]:
 
     What is compared is every collective of a layer of ours whose forward runs inside, of whatever model: `model` gives the
     names, and the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All
-    of these enter and leave the context together. NaN or Inf in what a rank reduces is a warning, once, that names the rank and
-    the layer; it propagates as in one process. (In backward under a gradient scaler it is routine.)
+    of these enter and leave the context together. Of a DistributedDataParallel in `model`, so give the wrapper, forwards that
+    broadcast buffers are compared too; its other collectives, and those of FSDP, wait for a rank that is elsewhere until their
+    timeout. NaN or Inf in what a rank reduces is a warning, once, that names the rank and the layer; it propagates as in one
+    process. (In backward under a gradient scaler it is routine.)
 
     Each collective costs one more small one over Gloo, and waits for the device: a tool for finding an error, or for runs that
     must not stand still. Compiled code is not seen. Not for `SyncBatchNormJoin`, whose ranks out of data run no layers.
 
     Args:
-        model: any model with layers of ours, in DistributedDataParallel or not. Inside, messages name its layers by their
-            paths in it.
+        model: any model with layers of ours, with its DistributedDataParallel if it has one. Inside, messages name its layers
+            by their paths in it.
 
     Raises:
         CollectiveError: on every rank, inside or at the end: the ranks differ, one left or failed, is gone or frozen. Ranks
@@ -61,7 +67,7 @@ def checked(model: nn.Module) -> Iterator[None]:
             return
         checks = _Checks(side_group(group))
         try:
-            with observing.observe(checks):
+            with observing.observe(checks), _forwards_of_wrappers(model, checks):
                 yield
         except BaseException as error:
             checks.leave(error)
@@ -74,6 +80,26 @@ def _group_of(layers: list[Any]) -> ProcessGroup | None:
     given = {layer._syncbn.group for layer in layers}
     explicit = len(given) == 1 and next(iter(given)).process_group is not None
     return (next(iter(given)) if explicit else Group()).resolve()
+
+
+@contextlib.contextmanager
+def _forwards_of_wrappers(model: nn.Module, checks: "_Checks") -> Iterator[None]:
+    """Compare forwards of DistributedDataParallel too, before they broadcast buffers and no layer can tell."""
+
+    def begin(wrapper: Any, args: Any) -> None:
+        if not torch.compiler.is_compiling() and checks in observing.observers() and wrapper.will_sync_module_buffers():
+            synchronizes = any(isinstance(layer, _Synchronized) and layer.training for layer in wrapper.modules())
+            where = f"at a forward in {'training' if synchronizes else 'eval'} mode"
+            if set(checks.side.ranks) <= set(ranks_of(wrapper.process_group)):
+                checks.meet(where, where)
+
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    hooks = [wrapper.register_forward_pre_hook(begin, prepend=True) for wrapper in wrappers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Checks:
@@ -91,7 +117,7 @@ class _Checks:
         where, what = f"in {call.layer} {call.phase}", f"{call.channels} channels, {call.dtype}, {local.numel()} values"
         details = f"{what}, group of {listed(ranks)}"
         finite = bool(local.isfinite().all())
-        rows = self._meet(f"{where} {what}", where, details, (len(ranks), digest(str(ranks)), finite), _complete)
+        rows = self.meet(f"{where} {what}", where, details, (len(ranks), digest(str(ranks)), finite), _complete)
         self.number += 1
         suspects = [rank for rank, (_, _, finite) in zip(self.side.ranks, rows, strict=True) if not finite]
         if suspects and not self.warned:
@@ -119,14 +145,14 @@ class _Checks:
             return
         try:
             if error is None:
-                self._meet("left", "out of the context")
+                self.meet("left", "out of the context")
             else:
-                self._meet("failed", f"failed: {type(error).__name__}: {error}")
+                self.meet("failed", f"failed: {type(error).__name__}: {error}")
         except CollectiveError:
             if error is None:
                 raise
 
-    def _meet(
+    def meet(
         self,
         key: str,
         where: str,

@@ -8,6 +8,7 @@ Requirements
 
 import hashlib
 import itertools
+import json
 import pickle
 import time
 import weakref
@@ -173,27 +174,31 @@ class Side:
 
     def _unanswered(self, place: Place) -> CollectiveError:
         self.errors += 1
-        absent = self._absent()
+        places = self._places(place)
+        absent = [rank for rank in range(self.size) if rank not in places]
         here = f"{place.at and f' at {place.at}'}, where rank {self.ranks[self.rank]} is {place.where}"
-        if absent == []:
+        if not absent and len({there.key for there in places.values()}) > 1:
+            return CollectiveError(_difference(self.ranks, [places[rank] for rank in range(self.size)]))
+        if not absent:
             return CollectiveError(
                 f"no answer{here}: every rank came there, but not within {self.timeout}; expected them all at the same time: "
                 "look for what kept one of them"
             )
         return CollectiveError(
-            f"no answer from {listed(self.ranks[rank] for rank in absent) if absent else 'a rank'}{here}: gone, frozen, or "
+            f"no answer from {listed(self.ranks[rank] for rank in absent) if places else 'a rank'}{here}: gone, frozen, or "
             f"elsewhere for longer than {self.timeout}; expected every rank there: look at its own messages"
         )
 
-    def _absent(self) -> list[int] | None:
-        """The ranks that do not say in a moment that they wait in vain for this message too; None if the store is gone."""
+    def _places(self, place: Place) -> dict[int, Place]:
+        """Of the ranks that say in a moment that they wait in vain for this message too; nothing if the store is gone."""
         try:
             self.store.set("broken", "")
-            self.store.set(f"message {self.sent}/{self.rank}", "waits")
+            self.store.set(f"message {self.sent}/{self.rank}", json.dumps(place))
             time.sleep(ABSENT_SECONDS)
-            return [rank for rank in range(self.size) if not self.store.check([f"message {self.sent}/{rank}"])]
+            keys = {rank: f"message {self.sent}/{rank}" for rank in range(self.size)}
+            return {rank: Place(*json.loads(self.store.get(key))) for rank, key in keys.items() if self.store.check([key])}
         except RuntimeError:
-            return None
+            return {}
 
 
 def _difference(ranks: list[int], told: list[Place]) -> str:

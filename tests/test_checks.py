@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch.distributed as dist
 import worlds
 from collectives_seen import CollectivesSeen
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.collectives import Group, timeout
-from syncbn.control import ranks_of, side_group
+from syncbn.control import Place, ranks_of, side_group
 
 AT_ONCE = 6.0  # seconds, on a loaded machine; the groups' timeout is 30
 
@@ -236,6 +238,93 @@ def test_ranks_that_agree_get_the_same_bits_and_collectives(world, group_size):
         assert seen == plain_seen
         assert control == ([4] * 9 if world > 1 else []), "one size: four calls in each of two steps, and the end"
         assert off == []
+
+
+# By what happens to rank 1 before the second forward of a wrapper that broadcasts buffers in it, and where it then is.
+IN_WRAPPERS = {
+    "raised": "rank 1 failed: ZeroDivisionError: of this rank, ranks 0, 2 at a forward in training mode;",
+    "left": "rank 1 is out of the context, ranks 0, 2 at a forward in training mode;",
+    "evaluated": "rank 1 is at a forward in eval mode, ranks 0, 2 at a forward in training mode;",
+}
+
+
+def _in_wrappers(world):
+    found = {}
+    for end in IN_WRAPPERS:
+        model, start = DistributedDataParallel(syncbn.convert(Net())), time.monotonic()
+        try:
+            with syncbn.checked(nn.ModuleList([model])):
+                step(model, world.rank)
+                if world.rank == 1 and end == "raised":
+                    raise ZeroDivisionError("of this rank")
+                if world.rank == 1 and end == "left":
+                    continue
+                step(model.train(world.rank != 1 or end != "evaluated"), world.rank)
+        except Exception as error:
+            found[end] = type(error).__name__, str(error), time.monotonic() - start
+        finally:
+            found["hooks"] = len(model._forward_pre_hooks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_wrappers():
+    return worlds.run_fresh(3, _in_wrappers, group_timeout=30.0)
+
+
+@pytest.mark.parametrize("end", IN_WRAPPERS)
+def test_ranks_that_differ_do_not_stand_in_the_broadcast_of_buffers(in_wrappers, end):
+    for rank, found in enumerate(in_wrappers):
+        kind, message, seconds = found[end]
+        if end == "raised" and rank == 1:
+            assert (kind, message) == ("ZeroDivisionError", "of this rank")
+        else:
+            assert kind == "CollectiveError"
+            assert message.startswith(f"ranks differ at call 5: {IN_WRAPPERS[end]}")
+        assert seconds < AT_ONCE
+        assert found["hooks"] == 0
+
+
+def _wrapped_otherwise(world):
+    """Wrappers of which a rank may use one alone: without a broadcast, or over other ranks than those compared."""
+    first, *_ = pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    apart = DistributedDataParallel(nn.BatchNorm1d(3), process_group=pairs[world.rank // 2])
+    silent = DistributedDataParallel(nn.BatchNorm1d(3))
+    silent.broadcast_buffers = False
+    wrapped = DistributedDataParallel(syncbn.convert(Net()))
+    with syncbn.checked(nn.ModuleList([apart, silent, wrapped])):
+        if world.rank // 2:
+            apart(torch.ones(4, 3))
+        if world.rank == 3:
+            silent(torch.ones(4, 3))
+        step(wrapped, world.rank)
+        wrapped.eval()(torch.ones(1, 3))
+        with wrapped.no_sync():
+            step(wrapped.train(), world.rank)
+        step(wrapped, world.rank)
+    return ranks_of(first)
+
+
+def test_forwards_that_broadcast_nothing_to_the_ranks_compared_are_nobodys():
+    assert worlds.run_fresh(4, _wrapped_otherwise) == [[0, 1]] * 4
+
+
+def _apart_at_the_timeout(world):
+    """Ranks that wait for the same message in vain, in different places."""
+    side = side_group(world.group)
+    side._gloo = mock.Mock(**{"allgather.side_effect": RuntimeError("connection closed")})
+    place = Place(f"place {world.rank}", f"in place {world.rank}", at="call 3")
+    try:
+        side.gather_rows(place)
+    except syncbn.CollectiveError as error:
+        return str(error)
+
+
+def test_ranks_that_wait_in_vain_in_different_places_say_so():
+    messages = worlds.run_fresh(2, _apart_at_the_timeout)
+    expected = "ranks differ at call 3: rank 0 is in place 0, rank 1 in place 1; expected the same calls in the same order"
+    for message in messages:
+        assert message.startswith(expected)
 
 
 def _ended(world):
