@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from . import equations, observing
 from .kernels import Running, move
 from .module import _Synchronized
 from .observing import Call
+
+WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)  # whose module runs, in the mode that it is in
 
 
 @contextlib.contextmanager
@@ -178,9 +181,9 @@ def eagerly() -> _Eagerly:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """Out of DistributedDataParallel and torch.compile, in any order."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    """Out of data parallel wrappers, averages of weights and torch.compile, in any order."""
+    while isinstance(model, WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod
     return model
 
 

@@ -4,6 +4,7 @@ Requirements
     - no collective, no pass over data, no wait for the device but in `read`; the bits of a distributed run stay;
     - figures of one rank: what it sees of itself beside the sums of all;
     - a layer is known by itself and a backward by its forward, not by names or by order: other models may run between;
+    - what is kept does not grow with the number of steps;
     - nothing is left behind in the model.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import math
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from . import equations, observing
 from .function import Forward
 from .names import named
 from .observing import Call
+
+KEPT = 4096  # collectives, of which a GPU may not have been through all
 
 
 class LayerReport(NamedTuple):
@@ -99,19 +103,23 @@ class Monitor:
 
     def read(self) -> Report:
         """The figures since the beginning or the last call, which then begin anew. Between steps: waits for the device."""
-        seen, spent = self.forwards.keys() | self.slacks.keys(), [elapsed() for elapsed in self.spent]
+        self._add_up(0)
         seconds = time.perf_counter() - self.start
-        paths = [path for path in self.paths.values() if path in seen]
-        found = {path: _summary(self.forwards.get(path, []), self.slacks.get(path, [])) for path in paths}
-        share = sum(spent) / seconds
+        found = {path: sums.report() for path in self.paths.values() if (sums := self.sums.get(path)) is not None}
+        report = Report(seconds, self.seconds / seconds, self.collectives, found)
         self._begin()
-        return Report(seconds, share, len(spent), found)
+        return report
 
     def _begin(self) -> None:
         self.start = time.perf_counter()
-        self.spent: list[Callable[[], float]] = []  # seconds of each collective
-        self.forwards: dict[str, list[Tensor]] = {}  # (3,) of each call: mean_shift, std_shift, mean_over_std
-        self.slacks: dict[str, list[Tensor]] = {}  # () of each backward
+        self.collectives, self.seconds = 0, 0.0  # in those that have been added up
+        self.spent: deque[Callable[[], float]] = deque()  # in each that has not
+        self.sums: dict[str, _Sums] = {}
+
+    def _add_up(self, kept: int) -> None:
+        """All collectives but the last ones: on a GPU those of long ago, for which nothing waits."""
+        while len(self.spent) > kept:
+            self.seconds += self.spent.popleft()()
 
     def before(self, call: Call, local: Tensor) -> None:
         if call.forward is not None and call.forward.layer in self.paths:
@@ -122,6 +130,8 @@ class Monitor:
         if call.forward is None or call.forward.layer not in self.paths:
             return
         self.spent.append(self.began.pop()())
+        self.collectives += 1
+        self._add_up(KEPT)
         if call.sums and call.phase != "backward" and reduced.numel() == 2 * call.channels + 1:
             self._forward(call, call.forward, local, reduced)
         if call.sums and call.phase == "backward" and reduced.numel() == 2 * call.channels:
@@ -140,9 +150,9 @@ class Monitor:
         shift = ((own_mean - mean) * invstd).square().mean().sqrt()
         scale = ((own_var + forward.layer.eps).sqrt() * invstd - 1).square().mean().sqrt()
         nothing = torch.full_like(n, math.nan)
-        shifts = [torch.where(own_n > 0, value, nothing) for value in (shift, scale)]
+        shifts = torch.where(own_n > 0, torch.stack([shift, scale]), nothing)
         ratio = torch.where(n > 0, (mean.abs() * invstd).max(), nothing)
-        self.forwards.setdefault(self.paths[forward.layer], []).append(torch.stack([*shifts, ratio]))
+        self.sums.setdefault(self.paths[forward.layer], _Sums()).add_forward(shifts, ratio)
 
     def _backward(self, forward: Forward, reduced: Tensor) -> None:
         if forward not in self.pending:
@@ -151,16 +161,33 @@ class Monitor:
         sum_dy, sum_dy_xmu = reduced.chunk(2)
         scale = invstd if weight is None else invstd * weight
         slack = (scale.square() * (sum_dy.square() + (sum_dy_xmu * invstd).square())).sum() / n.clamp(min=1)
-        self.slacks.setdefault(self.paths[forward.layer], []).append(slack)
+        self.sums.setdefault(self.paths[forward.layer], _Sums()).add_backward(slack)
 
 
-def _summary(forwards: list[Tensor], slacks: list[Tensor]) -> LayerReport:
-    calls = torch.stack(forwards).cpu() if forwards else torch.full((1, 3), math.nan)
-    mean_shift, std_shift, _ = calls.nanmean(0).tolist()
-    ratios = [ratio for ratio in calls[:, 2].tolist() if not math.isnan(ratio)]
-    ratio = max(ratios, default=math.nan)
-    slack = torch.stack(slacks).mean().item() if slacks else math.nan
-    return LayerReport(mean_shift, std_shift, ratio, 1e-14 * ratio**2, slack)
+class _Sums:
+    """Of a layer's calls, on their device; as much of them whatever their number."""
+
+    def __init__(self) -> None:
+        self.shifts: Tensor | None = None  # (2, 2) sums of mean_shift and std_shift, and of calls that had them
+        self.ratio: Tensor | None = None  # () the largest
+        self.slack: Tensor | None = None  # () the sum
+        self.backwards = 0
+
+    def add_forward(self, shifts: Tensor, ratio: Tensor) -> None:
+        known = ~shifts.isnan()
+        shifts = torch.stack([torch.where(known, shifts, 0), known.to(shifts.dtype)])
+        self.shifts = shifts if self.shifts is None else self.shifts + shifts
+        self.ratio = ratio if self.ratio is None else torch.fmax(self.ratio, ratio)
+
+    def add_backward(self, slack: Tensor) -> None:
+        self.slack = slack if self.slack is None else self.slack + slack
+        self.backwards += 1
+
+    def report(self) -> LayerReport:
+        mean_shift, std_shift = (math.nan, math.nan) if self.shifts is None else (self.shifts[0] / self.shifts[1]).tolist()
+        ratio = math.nan if self.ratio is None else self.ratio.item()
+        slack = math.nan if self.slack is None else self.slack.item() / self.backwards
+        return LayerReport(mean_shift, std_shift, ratio, 1e-14 * ratio**2, slack)
 
 
 def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:

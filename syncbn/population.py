@@ -64,7 +64,8 @@ def update_bn_stats(
     is as ours.
 
     Args:
-        model: any model, wrapped by DistributedDataParallel or not.
+        model: any model, in DistributedDataParallel, nn.DataParallel, AveragedModel (whose averages of running statistics
+            are of no use to its averages of weights) or not; such a wrapper's own mode does not matter.
         loader: batches on the model's device: a tensor, a list or tuple whose first element is the input, or a mapping of
             keyword arguments.
         num_batches: take at most so many batches of each rank.

@@ -1,5 +1,7 @@
 """The monitor: its figures against their definitions on the whole batch, and nothing changed by it."""
 
+import gc
+import importlib
 import math
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.monitor import LayerReport
 
+monitor_module = importlib.import_module("syncbn.monitor")  # the package has a function of this name
 SHARES = [5, 3, 0]  # samples by rank
 EPS = 1e-3
 
@@ -219,6 +222,24 @@ def test_what_waits_for_a_backward_goes_with_its_graph():
         y.backward(g)
         del y
         assert len(watching.pending) == 0
+
+
+def test_what_is_kept_does_not_grow_between_reads(monkeypatch):
+    """Two collectives a step, each of a quarter of a second: in the report are all of them, and of the memory four."""
+    monkeypatch.setattr(monitor_module, "KEPT", 4)
+    monkeypatch.setattr(monitor_module, "_stopwatch", lambda device: lambda: lambda: 0.25)
+    layer, ((x, g),) = layer_and_calls(1)
+    kept = []
+    with syncbn.monitor(layer) as watching:
+        for _ in range(9):
+            layer(x).backward(g)
+            gc.collect()
+            kept.append((len(watching.spent), sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())))
+        report = watching.read()
+    assert kept[1:] == [(4, kept[1][1])] * 8
+    assert report.collectives == 18
+    assert report.share * report.seconds == pytest.approx(18 * 0.25)
+    assert tuple(report.layers["SyncBatchNorm1d"]) == pytest.approx(figures(x.detach(), x.detach(), g, layer.weight), rel=1e-9)
 
 
 @pytest.mark.parametrize("width", [6, 5])

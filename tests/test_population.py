@@ -9,6 +9,7 @@ from collectives_seen import CollectivesSeen
 from populations import STEPS, Network, batch, check, inputs_of, loader, network, population, whole_batches
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import syncbn
 from syncbn.population import update_bn_stats
@@ -239,21 +240,30 @@ def test_a_rank_that_cannot_go_on_is_an_error_on_all():
     assert going_on.endswith("(rank 0 of 4)")
 
 
-def _wrapped_in_eval_mode(world):
-    model = DistributedDataParallel(syncbn.convert(network(frozen=False), world.group), process_group=world.group)
+WRAPPERS = {
+    "data parallel": lambda model, group: DistributedDataParallel(model, process_group=group),
+    "data parallel in one process": lambda model, group: nn.DataParallel(model),
+    "averaged": lambda model, group: AveragedModel(model),
+    "averaged, compiled": lambda model, group: torch.compile(AveragedModel(model)),
+}
+
+
+def _wrapped_in_eval_mode(world, wrapper):
+    model = WRAPPERS[wrapper](syncbn.convert(network(frozen=False), world.group), world.group)
     model.module.eval()
     assert model.training
     update_bn_stats(model, loader(STEPS["unequal"], world.rank, world.size, torch.float64), progress=False)
     return model.module.state_dict()
 
 
-def test_a_wrapped_model_in_eval_mode_is_one_in_eval_mode():
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_in_eval_mode_is_one_in_eval_mode(wrapper):
     """Though its wrapper, which nobody has told, is in training mode: then all layers are updated."""
     batches = whole_batches(STEPS["unequal"], 2)[0]
     model = network(frozen=False).eval()
     update_bn_stats(model, batches, progress=False)
     assert (model.frozen[1].running_mean - network().frozen[1].running_mean).abs().min() > 1e-3
-    for state in worlds.run(2, _wrapped_in_eval_mode):
+    for state in worlds.run(2, _wrapped_in_eval_mode, wrapper):
         for name, value in model.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
 
