@@ -43,7 +43,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
 
     Every call of a layer inside counts, a second one in the same forward too; those of a measure of syncbn.analysis do not. A
     layer that is not called, in eval mode or without running statistics is left alone, and so are layers of torch.
-    num_batches_tracked advances by one. An exception that leaves the context leaves all as it was. Activation checkpointing
+    num_batches_tracked advances by one. It is the layer's own statistics that move, not those that torch.func.functional_call
+    puts in their place for a call. An exception that leaves the context leaves all as it was. Activation checkpointing
     counts each forward once.
 
     Args:
@@ -113,6 +114,9 @@ class Calls:
             for (layer, counter), count in zip(counters, counts, strict=True):
                 if layer in self.entered or layer in self.seen:
                     layer.num_batches_tracked = counter.copy_(count)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
+        return self  # of a hook that a copy of the model has
 
     def before(self, call: Call, local: Tensor) -> bool:
         return self._caller(call) is not None

@@ -14,6 +14,8 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int | None) -> Exception | None:
     """What is wrong with the input, the vectors and the numbers, if anything."""
+    if x.is_nested or x.layout is not torch.strided:
+        return TypeError(f"given a {'nested tensor' if x.is_nested else f'tensor of {x.layout}'}; expected a dense one")
     shape, device = x.shape, x.device
     if len(shape) < 2:
         return ValueError(f"given input of shape {tuple(shape)}; expected (N, C, *), 2 dimensions or more")
@@ -27,6 +29,8 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
     for name, value in (("weight", affine.weight), ("bias", affine.bias), ("running_mean", mean), ("running_var", var)):
         if value is None:
             continue
+        if not isinstance(value, Tensor):
+            return TypeError(f"given {name}={value!r}; expected a tensor (C,), or None")
         if value.dim() != 1 or value.numel() != shape[1]:
             return ValueError(
                 f"given input of shape {tuple(shape)} and {name} of shape {tuple(value.shape)}; "
@@ -45,8 +49,8 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
     return None
 
 
-def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None) -> Exception | None:
-    """What is wrong with where the values are, which a trace does not know, if anything."""
+def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None, alone: bool) -> Exception | None:
+    """What is wrong with where and in what the values are, which a compiler's trace does not know, if anything."""
     if running is not None and torch._C._are_functorch_transforms_active():
         for name, value in (("input", x), ("a mask", mask)):
             if value is not None and _batches(value) > _batches(running.mean):
@@ -54,6 +58,15 @@ def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None) -> Ex
                     f"given {name} batched by vmap and running statistics that are not, so that no single batch could move "
                     "them; expected eval mode, or track_running_stats=False"
                 )
+    if not alone and torch.jit.is_tracing():
+        return ValueError(
+            "given a trace by torch.jit.trace, which has no collectives; expected eval mode in it, or torch.compile"
+        )
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
+        return TypeError(
+            "given a DTensor; expected this rank's share of the batch as a plain tensor, x.to_local(), and the mesh dimension "
+            'over which it is shared in convert(model, mesh["dp"])'
+        )
     if x.is_cpu:
         return None
     try:
@@ -84,6 +97,8 @@ def residual_problem(x: Tensor, residual: Tensor | None) -> Exception | None:
     """What is wrong with the residual, if anything."""
     if residual is None:
         return None
+    if not isinstance(residual, Tensor):
+        return TypeError(f"given a residual of type {type(residual).__name__}; expected a tensor of the shape of the input")
     if residual.shape != x.shape:
         return ValueError(
             f"given input of shape {tuple(x.shape)} and a residual of shape {tuple(residual.shape)}; expected one shape"
@@ -99,6 +114,8 @@ def mask_problem(x: Tensor, mask: Tensor | None) -> Exception | None:
     """What is wrong with the mask, if anything."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        return TypeError(f"given a mask of type {type(mask).__name__}; expected a tensor of torch.bool")
     if mask.dtype != torch.bool:
         return TypeError(f"given a mask of {mask.dtype}; expected torch.bool, true at the positions that count")
     allowed = [(*x.shape[:1], *x.shape[2:]), (*x.shape[:1], 1, *x.shape[2:])]

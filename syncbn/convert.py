@@ -30,7 +30,8 @@ def convert(
     """Make every batch norm layer of `module`, itself included, a synchronized one, in place.
 
     Takes nn.BatchNorm1d/2d/3d, torch.nn.SyncBatchNorm, their lazy forms (which stay lazy), parametrized layers, and users'
-    subclasses whose forward ends in super().forward or calls F.batch_norm once: what else such a forward does, stays.
+    subclasses whose forward ends in super().forward or calls F.batch_norm once: what else such a forward does, stays. What
+    looks for torch's own classes, as fuse_modules and preparing for quantization do, comes before it, or behind `revert`.
 
     **The size of a group.** What counts is the number of values per channel, N·H·W over the group, not N. Gradients of a plain
     ReLU network grow per layer, in squared norm, by λ² = 3.08 at 4 values, 1.79 at 8, 1.59 at 16, 1.52 at 32, 1.49 at 64, and
@@ -51,10 +52,11 @@ def convert(
         `module` itself: same object, same layers, other classes.
 
     Raises:
-        TypeError, ValueError: a group that is none, or both kinds of group.
+        TypeError, ValueError: no module, a group that is none, or both kinds of group.
         ValueError: a layer that is scripted, of a subclass of torch.nn.SyncBatchNorm, or whose forward was replaced in the
             instance, as the offload hooks of accelerate do: convert first.
     """
+    _check_module(module)
     groups = process_group if callable(process_group) else lambda name, layer: process_group
     todo: list[tuple[Any, type[nn.Module], Binding]] = []
     for path, layer in _batch_norms(module):
@@ -84,6 +86,12 @@ def convert(
     return module
 
 
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        given = module.__name__ if isinstance(module, type) else type(module).__name__
+        raise TypeError(f"given {'the class' if isinstance(module, type) else 'a'} {given}; expected a torch.nn.Module")
+
+
 def revert(module: Model) -> Model:
     """Give every layer that `convert` changed its class of before, in place; layers made as ours stay. Returns `module`.
 
@@ -91,9 +99,11 @@ def revert(module: Model) -> Model:
     parametrizations registered or removed stay so.
 
     Raises:
+        TypeError: no module.
         ValueError: the forward of a layer was replaced in the instance, as the offload hooks of accelerate do: remove
             them first.
     """
+    _check_module(module)
     todo: list[tuple[nn.Module, type[nn.Module], Binding]] = []
     for path, layer in _batch_norms(module):
         bound: Binding | None = vars(layer).get("_syncbn")

@@ -198,7 +198,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         running = running._replace(momentum=as_number(running.momentum))
     problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
     if problem is None and not compiling:
-        problem = eager_problem(x, running, mask)
+        problem = eager_problem(x, running, mask, alone)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     forward = None if compiling or not observing.observed(group) else Forward(site.module)

@@ -162,12 +162,15 @@ def _read(source: Iterator[Any], count: Callable[[Any], int]) -> _Read:
 
 def _integer(samples: Any) -> int:
     try:
-        return operator.index(samples)
+        number = operator.index(samples)
     except TypeError:
         raise TypeError(
             f"given {samples!r} of type {type(samples).__name__} as the number of samples in a batch; expected an integer from "
             "the argument count"
         ) from None
+    if number < 0:
+        raise ValueError(f"given {number} as the number of samples in a batch; expected 0 or more from the argument count")
+    return number
 
 
 def _check(peers: _Peers, step: int, said: list[_Row], now: _Read) -> None:

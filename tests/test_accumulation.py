@@ -1,6 +1,7 @@
 """Accumulated statistics: one move for all micro-batches of a step, by the values of all of them."""
 
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -484,3 +485,18 @@ def test_what_is_refused():
         compiled.compile()
         with pytest.raises(ValueError, match="given a compiled"), accumulate_statistics(compiled):
             pass
+
+
+def test_a_copy_of_the_model_made_inside_is_not_seen_and_copies_no_more_than_the_model():
+    """As an average of weights may be made: it has the hook, which knows the layers of the model alone."""
+    model, other = syncbn.convert(network()), syncbn.convert(network())
+    x = data(0, 0, (4,))[0]
+    with accumulate_statistics(model):
+        twin = copy.deepcopy(model)
+        model(x)
+        twin(x + 1)
+    with accumulate_statistics(other):
+        other(x)
+    assert_same_state(model.state_dict(), other.state_dict())
+    (hook,) = twin.twice._forward_pre_hooks.values()
+    assert model.twice in hook.__self__.watched

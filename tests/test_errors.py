@@ -1,6 +1,7 @@
 """Bad input: an error before the collective that says what was given, what was expected, the layer and the rank."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch.fx
 import worlds
 from collectives_seen import CollectivesSeen
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import syncbn
 from syncbn import kernels
@@ -22,6 +25,12 @@ def _call(x=X, **changes):
     ones = torch.ones(3)
     arguments = {"running_mean": ones.clone(), "running_var": ones.clone(), "weight": ones, "bias": ones} | changes
     return syncbn.sync_batch_norm(x, training=True, _force_sync=True, **arguments)
+
+
+def _nested(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([X[0].flatten(1).t(), X[1, :, 0].t()], layout=layout)
 
 
 BAD = {
@@ -38,6 +47,12 @@ BAD = {
     "eps": (lambda: _call(eps=-1e-5), ValueError, r"given eps=-1e-05; expected 0 or more"),
     "one buffer": (lambda: _call(running_mean=None), ValueError, r"one of running_mean and running_var; expected both"),
     "momentum": (lambda: _call(momentum=None), TypeError, r"given momentum=None; expected a number"),
+    "weight": (lambda: _call(weight=2.0), TypeError, r"given weight=2.0; expected a tensor \(C,\), or None"),
+    "mask": (lambda: _call(mask=[True] * 4), TypeError, r"given a mask of type list; expected a tensor of torch.bool"),
+    "sparse": (lambda: _call(X.to_sparse()), TypeError, r"given a tensor of torch.sparse_coo; expected a dense one"),
+    "opaque": (lambda: _call(X.to_mkldnn()), TypeError, r"given a tensor of torch._mkldnn; expected a dense one"),
+    "nested": (lambda: _call(_nested(torch.strided)), TypeError, r"given a nested tensor; expected a dense one"),
+    "jagged": (lambda: _call(_nested(torch.jagged)), TypeError, r"given a nested tensor; expected a dense one"),
     "devices": (lambda: _call(bias=torch.ones(3, device="meta")), ValueError, r"input on cpu and bias on meta"),
 }
 
@@ -49,6 +64,41 @@ def test_the_function_names_what_was_given_and_changes_nothing(name):
         call()
     assert str(raised.value).endswith("(layer 'sync_batch_norm', rank 0 of 1)")
     assert log.seen == []
+
+
+def test_a_residual_that_is_no_tensor():
+    with pytest.raises(TypeError, match=r"given a residual of type float; expected a tensor .*ReLU\(3\)'"):
+        syncbn.SyncBatchNormReLU(3)(X, 1.0)
+
+
+@pytest.mark.parametrize("change", [syncbn.convert, syncbn.revert])
+@pytest.mark.parametrize(("module", "given"), [([nn.BatchNorm2d(3)], "a list"), (nn.BatchNorm2d, "the class BatchNorm2d")])
+def test_what_is_no_module(change, module, given):
+    with pytest.raises(TypeError, match=f"^given {given}; expected a torch.nn.Module$"):
+        change(module)
+
+
+def _traced(world):
+    layer, message = syncbn.SyncBatchNorm(3, process_group=world.group), "given a trace by torch.jit.trace, .* expected eval"
+    with CollectivesSeen() as log, pytest.raises(ValueError, match=message):
+        torch.jit.trace(layer, X)
+    torch.testing.assert_close(torch.jit.trace(layer.eval(), X)(X), layer(X))
+    return log.seen
+
+
+def test_a_trace_of_torchscript_in_training_is_an_error_on_its_rank():
+    assert worlds.run(2, _traced) == [[]] * 2
+
+
+def _sharded(world):
+    x = DTensor.from_local(X, DeviceMesh.from_group(world.group, "cpu"), [Shard(0)])
+    with CollectivesSeen() as log, pytest.raises(TypeError, match=r"given a DTensor; expected this rank's share .*x.to_local"):
+        syncbn.SyncBatchNorm(3, process_group=world.group)(x)
+    return log.seen
+
+
+def test_a_sharded_input_is_told_to_be_the_ranks_share():
+    assert worlds.run(2, _sharded) == [[]] * 2
 
 
 def test_a_counter_elsewhere():

@@ -228,6 +228,11 @@ def test_a_count_that_is_no_integer_is_an_error_on_every_rank(kind, given):
     assert second[:2] == (0, "TypeError")
 
 
+def test_a_count_below_none_is_an_error():
+    message = "given -1 as the number of samples in a batch; expected 0 or more from the argument count"
+    assert caught(even_steps([torch.ones(2)], count=lambda batch: -1)) == (0, "ValueError", message)
+
+
 def test_a_count_may_be_an_integer_of_another_kind():
     assert worlds.run(2, _counts, "integer") == [(2, None, None)] * 2
 
