@@ -14,13 +14,13 @@ accuracy on held-out images, of the worst and the best rank. Appends rows to res
 
 import argparse
 import copy
+import importlib.util
 import logging
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import fvcore.nn.precise_bn as fvcore
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -93,6 +93,8 @@ def off(state: State, expected: State) -> float:
 
 
 def ways(shares: list[Tensor]) -> dict[str, Callable[[nn.Module], Any]]:
+    import fvcore.nn.precise_bn as fvcore
+
     return {
         "running average of the training": lambda model: None,
         "torch.optim.swa_utils.update_bn": lambda model: update_bn(shares, model),
@@ -137,6 +139,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=whole(1), default=5)
     parser.add_argument("--timeout", type=positive, default=1800.0, help="seconds")
     options = parser.parse_args()
+    if importlib.util.find_spec("fvcore") is None:
+        print("fvcore not installed; expected what ours is compared with: pip install fvcore", file=sys.stderr)
+        return 1
     arguments = {"batch_size": options.batch_size, "seeds": options.seeds}
     try:
         answers = processes.run("population:measure", arguments, options.world_size, options.timeout)

@@ -1,9 +1,12 @@
 """The training of launch/train.py by Lightning, which starts the processes: python launch/lightning_train.py [--processes 2]"""
 
+import datetime
+
 import data
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_module import Training
 from train import arguments
 
@@ -12,7 +15,12 @@ from syncbn.lightning import SyncBatchNormPlugin
 if __name__ == "__main__":
     options = arguments(for_lightning=True).parse_args()
     file = options.checkpoint and options.checkpoint.with_suffix(".ckpt").absolute()
-    settings = {"devices": options.processes, "accelerator": "gpu" if torch.cuda.is_available() else "cpu", "strategy": "ddp"}
+    strategy = DDPStrategy(timeout=datetime.timedelta(seconds=options.timeout))
+    settings = {
+        "devices": options.processes,
+        "accelerator": "gpu" if torch.cuda.is_available() else "cpu",
+        "strategy": strategy,
+    }
     settings |= {"sync_batchnorm": options.bn == "torch", "plugins": [SyncBatchNormPlugin()] if options.bn == "syncbn" else []}
     settings["callbacks"] = [ModelCheckpoint(file.parent, file.stem, enable_version_counter=False)] if file else []
     model = Training(options, data.open(options.data, options.image_size)).to(getattr(torch, options.dtype))

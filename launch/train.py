@@ -98,12 +98,12 @@ def arguments(for_lightning: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=seed, default=0, help="of the initial network, the split and the order of the data")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write it; go on from it if it exists")
+    waiting = positive(1e9)  # what a timedelta takes
+    parser.add_argument("--timeout", type=waiting, default=600, metavar="SECONDS", help="how long to wait for a process")
     if for_lightning:
         parser.add_argument("--processes", type=whole(1), default=2)
     else:
         parser.add_argument("--checkpoint-every", type=whole(1), default=50, metavar="STEPS")
-        waiting = positive(1e9)  # what a timedelta takes
-        parser.add_argument("--timeout", type=waiting, default=600, metavar="SECONDS", help="how long to wait for a process")
     return parser
 
 

@@ -4,6 +4,7 @@ Requirements: help and usage errors need nothing but torch; what a command needs
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for a usage error, 0 after --help.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it cannot say µ or ×
     parser = argparse.ArgumentParser(prog="syncbn", description="Exact synchronized batch normalization for PyTorch.")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     add_demo(commands)
@@ -28,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_analyze(commands)
     add_build(commands)
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except BrokenPipeError:  # who reads has read enough, as `head`
+        return 1
     return status
 
 

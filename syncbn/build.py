@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     except (RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"built {host.LIBRARY}, {told}: used by processes that start from now on; remove the file to go back to Python")
+    print(f"built {host.LIBRARY}, {told}: used by processes that start from now on")
+    print("remove the file to go back to Python, and before `pip uninstall`, which does not know it")
     return 0
 
 

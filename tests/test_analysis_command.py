@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_all_runs_every_experiment(monkeypatch, tmp_path):
     assert main(["analyze", "all", "--out", str(tmp_path)]) == 0
     assert ran == ["noise", "shift", "growth", "smoothness", "gdnp"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"syncbn-{name}.png" for name in ran)
+
+
+def test_a_job_whose_ranks_do_not_meet(monkeypatch, capsys, tmp_path):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["analyze", "growth", "--out", str(tmp_path)]) == 1
+    assert re.match(
+        r"syncbn analyze: this rank could not meet the others \(.*'x'.*\): start every rank\n$", capsys.readouterr().err
+    )
 
 
 def test_an_interrupt(monkeypatch, capsys, tmp_path):

@@ -1,7 +1,9 @@
 """Benchmarks report nothing that is wrong, and nothing is measured that could not be written."""
 
 import copy
+import errno
 import importlib
+import os
 import re
 from unittest import mock
 
@@ -118,7 +120,14 @@ def test_the_reference_is_batch_norm():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["layer --repeats 1", "step --ranks 0", "scaling --bandwidth -1", "layer --dtypes int8", "layer --layouts row"],
+    [
+        "layer --repeats 1",
+        "step --ranks 0",
+        "scaling --bandwidth -1",
+        "layer --threads 99999",
+        "layer --dtypes int8",
+        "layer --layouts row",
+    ],
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -163,6 +172,14 @@ def test_rows_that_would_not_fit_are_an_error_after_the_first_case(name, tmp_pat
     assert main(["bench", name, *(["--threads", "1"] if name != "accuracy" else []), "--results", str(tmp_path)]) == 1
     assert f"{name}.csv has the columns a, date; given b, " in capsys.readouterr().err
     assert measure.call_count <= 2
+
+
+def test_a_picture_for_which_there_is_no_room(capsys, monkeypatch, tmp_path):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "layer.png")
+    monkeypatch.setattr(importlib.import_module("syncbn.bench.plot"), "run", mock.Mock(side_effect=error))
+    assert main(["bench", "plot", "--results", str(tmp_path)]) == 1
+    said = "syncbn bench: layer.png cannot be written or read (OSError: No space left on device)\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_gpu_that_is_not_there(capsys, monkeypatch, tmp_path):

@@ -1,7 +1,10 @@
 """Benchmarks: turns, peaks of memory, rows that are kept apart, and checks against what was recorded."""
 
 import csv
+import errno
+import io
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -82,6 +85,47 @@ def test_rows_are_appended_under_the_same_columns_only(tmp_path):
     assert path.read_text() == before
     assert [(row["a"], row["b"]) for row in rows.read("name", tmp_path)] == [("1", "x, y"), ("2", "z")]
     assert set(read(path)[0]) == {"a", "b", "date", "hardware", "python", "torch", "commit", "command"}
+
+
+class Full(io.StringIO):
+    """A file on a disk that has room for a part."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def write(self, text):
+        with self.path.open("a") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_of_rows_for_which_there_is_no_room_none_is_written(there, tmp_path, monkeypatch):
+    path = rows.append("name", [{"a": 1}] * there, tmp_path)
+    path.touch()
+    before, opened = path.read_text(), Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r", **more: Full(self) if more else opened(self, mode))
+    with pytest.raises(rows.RowError, match=r"no rows can be written to .*name.csv \(OSError: No space left on device\); none"):
+        rows.append("name", [{"a": 2}], tmp_path)
+    monkeypatch.undo()
+    assert path.read_text() == before
+    rows.append("name", [{"a": 3}], tmp_path)
+    assert [row["a"] for row in rows.read("name", tmp_path)] == ["1", "3"][1 - there :]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a,b\n1,2\n3\n", "row 2 of .* has other columns than the file; expected the same"),
+        (b"a,b\n1,2,3\n", "row 1 of .* has other columns"),
+        (b"a,b\n\xff,2\n", r"name.csv, which is no text in UTF-8 \(invalid start byte\); expected rows"),
+    ],
+)
+def test_a_file_that_is_no_rows_is_an_error(content, said, tmp_path):
+    (tmp_path / "name.csv").write_bytes(content)
+    with pytest.raises(rows.RowError, match=said):
+        rows.read("name", tmp_path)
 
 
 def test_where_rows_go(tmp_path, monkeypatch):

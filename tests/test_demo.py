@@ -1,15 +1,19 @@
 """The demo: real runs, the check it makes of itself, and that no process outlives it."""
 
+import errno
 import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -175,6 +179,16 @@ def test_the_check_decides_the_exit_status(monkeypatch, capsys, tmp_path, size, 
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_a_picture_for_which_there_is_no_room(monkeypatch, capsys, tmp_path):
+    plant(monkeypatch)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "picture.png")
+    monkeypatch.setattr(report, "draw", mock.Mock(side_effect=error))
+    assert main(["demo", "--world-size=2", f"--out={tmp_path / 'picture.png'}"]) == 1
+    said = capsys.readouterr()
+    assert "PASSED" in said.out
+    assert said.err.endswith("syncbn demo: picture.png cannot be written or read (OSError: No space left on device)\n")
+
+
 def test_the_table_has_the_largest_difference_of_any_rank_up_to_a_step(monkeypatch, capsys, tmp_path):
     plant(monkeypatch, local=0.25, synced=2e-7, rank_1=-0.125)
     assert main(["demo", "--world-size=2", f"--out={tmp_path / 'picture.png'}"]) == 0
@@ -307,6 +321,20 @@ def test_a_killed_demo_or_launcher_leaves_no_process(killed, victim):
     assert demo.returncode == (-9 if victim == "demo" else 1)
     assert ("processes of mode whole ended with exit status -9; expected 0" in errors) == (victim == "launcher")
     assert wait_until(lambda: not processes(directory), limit + 20 - time.monotonic()), processes(directory)
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-u", "true"], check=False).returncode != 0,
+    reason="needs root, for a hostname of its own",
+)
+@pytest.mark.timeout(150)
+def test_a_hostname_that_does_not_resolve(tmp_path):
+    """As in some containers: processes on one machine need none."""
+    demo = f"{shlex.quote(sys.executable)} -m syncbn demo --world-size=2 --batch-size=2 --steps=2"
+    command = ["unshare", "-u", "sh", "-c", f"hostname no.such.host.invalid && exec {demo}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=STARTUP, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "picture: " in done.stdout
 
 
 @pytest.mark.timeout(300)

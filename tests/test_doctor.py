@@ -449,6 +449,18 @@ def test_a_variable_that_is_no_number(variable, capsys, monkeypatch):
 
 
 FUNCTIONS = ["--model=build", "--model=:build", "--model=os:"]
+
+
+def test_a_rank_without_a_job(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert main(["doctor", "--timeout=2"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith(": given RANK without WORLD_SIZE in the environment; expected all, as torchrun gives, or no RANK")
+
+
 USAGE = ["--repeats=1", "--repeats=2000000", "--steps=x", "--timeout=0", "--timeout=-1", "--timeout=nan", "--timeout=1e14"]
 
 
@@ -461,6 +473,28 @@ def test_usage_errors(option, capsys):
     kinds = {"--timeout": "a number above 0, 1e\\+09 at most", "--model": "module:function"}
     expected = kinds.get(name, "a whole number, 2 to 1000000")
     assert re.search(rf"{name}: given '{value}'; expected {expected}", capsys.readouterr().err)
+
+
+def test_a_reader_that_has_read_enough():
+    """As head: no error is to be looked for among the ranks."""
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "syncbn", "doctor", "--repeats=2", "--steps=2"]
+    with subprocess.Popen(command, env=os.environ | more, **pipes) as doctor:
+        assert doctor.stdout.readline() == "1 rank\n"
+        doctor.stdout.close()
+        error = doctor.stderr.read()
+        assert doctor.wait(60) == 1
+    assert error == ""
+
+
+def test_help_on_a_terminal_of_few_letters(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "step", "--help"])
+    sys.stdout.flush()
+    assert b"?" in written.getvalue()
 
 
 def command(*arguments: str, env: dict[str, str] | None = None, seconds: float = 60) -> "subprocess.CompletedProcess[str]":

@@ -1,8 +1,13 @@
 """launch/lightning_train.py goes on where it was left, as the other programs do."""
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import launched
 import pytest
@@ -49,3 +54,29 @@ def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path,
     for _ in range(2):
         start(sys.executable, LAUNCH / "lightning_train.py", "--processes=1", "--batch-size=95", "--steps=1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find processes")
+def test_lightning_waits_for_a_frozen_process_no_longer_than_the_timeout(tmp_path):
+    pytest.importorskip("lightning")
+    log, frozen = tmp_path / "log", []
+    command = [sys.executable, LAUNCH / "lightning_train.py", "--epochs=500", "--processes=2", "--timeout=5"]
+    with log.open("w") as file:
+        trainer = subprocess.Popen(list(map(str, command)), env=environment(), stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while "Trainable params" not in log.read_text():
+                assert trainer.poll() is None, log.read_text()
+                time.sleep(0.1)
+            children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")
+            frozen += map(int, children.read_text().split())
+            os.kill(frozen[0], signal.SIGSTOP)
+            assert trainer.wait(60) == 1
+        finally:
+            trainer.kill()
+            trainer.wait()
+            for process in frozen:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    ours, theirs = r"failed in (forward|backward) on rank 0 of 2.*to reach it within 0:00:05", "Timed out waiting 5000ms"
+    assert re.search(f"{ours}|{theirs}", log.read_text()), "in a layer, or in DistributedDataParallel"

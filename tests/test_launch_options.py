@@ -128,7 +128,7 @@ def test_a_folder_without_images(tmp_path, kind):
         data.open(folder, 8)
 
 
-@pytest.mark.parametrize("option", ["--bn=torch", "--checkpoint-every=7", "--timeout=9"])
+@pytest.mark.parametrize("option", ["--bn=torch", "--checkpoint-every=7"])
 def test_lightning_takes_no_option_that_it_would_not_follow(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         train.arguments(for_lightning=True).parse_args([option])

@@ -96,7 +96,11 @@ def job() -> Iterator[None]:
         return
     # Its functions, imported once there is a group, keep it, and Gloo's threads beyond its end.
     importlib.import_module("torch.distributed.nn")
-    torch.distributed.init_process_group("gloo")
+    try:
+        torch.distributed.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:  # of the store, or the backend
+        first = str(error).split("\n", 1)[0]
+        raise collectives.CollectiveError(f"this rank could not meet the others ({first}): start every rank") from error
     try:
         yield
     finally:

@@ -8,6 +8,8 @@ Requirements
 import csv
 import datetime
 import importlib
+import io
+import os
 import platform
 import shlex
 import subprocess
@@ -65,7 +67,7 @@ def require(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = N
     """
     path = directory(where) / f"{name}.csv"
     given = [[*row, *CIRCUMSTANCES] for row in rows]
-    there = next(csv.reader([path.read_text().split("\n", 1)[0]]), None) if path.exists() else None
+    there = next(csv.reader([_text(path).split("\n", 1)[0]]), None) if path.exists() else None
     for columns in given:
         if columns != (there or given[0]):
             told = f"{', '.join(there or given[0])}; given {', '.join(columns)}"
@@ -73,10 +75,10 @@ def require(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = N
 
 
 def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = None, device: str = "cpu") -> Path:
-    """Append rows to NAME.csv, which has the columns of the rows and those of `circumstances`.
+    """Append rows to NAME.csv, which has the columns of the rows and those of `circumstances`; all of them or none.
 
     Raises:
-        RowError: the file, or one row of them, has other columns.
+        RowError: the file, or one row of them, has other columns; the disk is full.
     """
     path = directory(where) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +86,17 @@ def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = No
     whole = [dict(row) | circumstances(device) for row in rows]
     if not whole:
         return path
-    new = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(whole[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(whole)
+    text, size = io.StringIO(), path.stat().st_size if path.exists() else 0
+    writer = csv.DictWriter(text, list(whole[0]), lineterminator="\n")
+    if not size:
+        writer.writeheader()
+    writer.writerows(whole)
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+    except OSError as error:
+        os.truncate(path, size)  # no row that is cut, which the next would join
+        raise RowError(f"no rows can be written to {path} ({type(error).__name__}: {error.strerror}); none is there") from error
     return path
 
 
@@ -99,12 +106,26 @@ def said(path: Path) -> str:
 
 
 def read(name: str, where: Path | None = None) -> list[dict[str, str]]:
-    """The rows of NAME.csv as text, the oldest first; none if there is no such file."""
+    """The rows of NAME.csv as text, the oldest first; none if there is no such file.
+
+    Raises:
+        RowError: a row of it has other columns than its first line, as where it was cut, or it is no text.
+    """
     path = directory(where) / f"{name}.csv"
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(_text(path))))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise RowError(f"row {number} of {path} has other columns than the file; expected the same: mend or remove it")
+    return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(f"given {path}, which is no text in UTF-8 ({error.reason}); expected rows of a benchmark") from error
 
 
 def origin(recorded: Sequence[Mapping[str, str]]) -> str:

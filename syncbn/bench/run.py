@@ -63,7 +63,7 @@ def _repeats(parser: argparse.ArgumentParser, default: int) -> None:
 def _cases(parser: argparse.ArgumentParser) -> None:
     """Options of which shapes, dtypes and threads."""
     parser.add_argument(
-        "--threads", type=whole(1), nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N", help="CPU"
+        "--threads", type=whole(1, 1024), nargs="+", default=sorted({1, os.cpu_count() or 1}), metavar="N", help="CPU"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the input; default: all, on a GPU the first two")
     parser.add_argument("--shapes", nargs="+", metavar="NxCx...", help="these alone, as rows name them; default: all")
@@ -183,6 +183,10 @@ def run(name: str, options: argparse.Namespace) -> int:
         return 2
     except (ProcessError, RowError) as error:
         return say(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a picture, or a folder of processes
+        return say(f"{error.filename or 'a file'} cannot be written or read ({type(error).__name__}: {error.strerror})")
     finally:
         signal.signal(signal.SIGTERM, terminate)
 

@@ -27,9 +27,13 @@ class LaunchError(RuntimeError):
 
 
 def torchrun(size: int, logs: Path, script: Path, arguments: Sequence[str]) -> list[str]:
-    """The command line that runs `script` in `size` processes of this machine; their standard output goes below `logs`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    return [*launcher, "--redirects=1", f"--log-dir={logs}", str(script), *arguments]
+    """The command line that runs `script` in `size` processes of this machine; their standard output goes below `logs`.
+
+    They meet on loopback: by the hostname, which torchrun takes else and which may not resolve, they would look for each other
+    for minutes.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    return [*launcher, f"--nproc-per-node={size}", "--redirects=1", f"--log-dir={logs}", str(script), *arguments]
 
 
 def launch(command: Sequence[str], name: str) -> None:

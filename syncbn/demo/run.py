@@ -84,6 +84,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except LaunchError as error:
         say(str(error))
         return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        say(f"{error.filename or 'a file'} cannot be written or read ({type(error).__name__}: {error.strerror})")
+        return 1
     finally:
         signal.signal(signal.SIGTERM, terminate)
 

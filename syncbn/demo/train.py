@@ -182,6 +182,7 @@ def leave_with_the_demo() -> None:
 
 def main() -> None:
     leave_with_the_demo()
+    tqdm.set_lock(threading.RLock())  # that between processes, of which none shares a bar, would be missed at os._exit
     parser = argparse.ArgumentParser(description="One process of `python -m syncbn demo`, which starts it.")
     parser.add_argument("--modes", nargs="+", choices=list(NAMES), required=True, help="one after the other")
     parser.add_argument("--directory", type=Path, required=True, help="holds data.npz and, by mode, what is recorded")

@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
         return 1
     try:
         status = examine(options, device)
+    except BrokenPipeError:
+        raise
     except (Exception, SystemExit) as error:  # whatever the user's model, or a peer that is gone, may raise
         traceback.print_exception(error)
         say(f"the examination ended with {_first_line(error)}; look for the first error among the ranks")
