@@ -164,7 +164,8 @@ def gradients(
     """dx, the share's dγ and dβ (C,), and what a ReLU leaves of dy, as differentiable functions of dy, x and weight.
 
     The statistics are taken anew, so that their derivative is known: all_reduces of 2C+1 and 2C values here, and two of 2C
-    when the result is differentiated, beside those of what dy depends on.
+    when the result is differentiated, beside those of what dy depends on. Where nothing was added, what a ReLU passed is found
+    anew, and rounded otherwise than by the kernels: a value that is zero but for its last bit may be passed here and not there.
     """
     watch = _Watch(observers)
     stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))
