@@ -5,6 +5,7 @@ Requirements: help and usage errors need nothing but torch; what a command needs
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
-    except BrokenPipeError:  # who reads has read enough, as `head`
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # most often who reads has read enough, as `head`
+        print(f"syncbn: {error}: nobody reads what is printed, or a process is gone", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still has to print
         return 1
     return status
 

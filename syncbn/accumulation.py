@@ -115,8 +115,8 @@ class Calls:
                 if layer in self.entered or layer in self.seen:
                     layer.num_batches_tracked = counter.copy_(count)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
-        return self  # of a hook that a copy of the model has
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Calls, ([], None)  # in a copy of the model, or a pickle, whose hook does nothing
 
     def before(self, call: Call, local: Tensor) -> bool:
         return self._caller(call) is not None

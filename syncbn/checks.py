@@ -44,9 +44,9 @@ def checked(model: nn.Module) -> Iterator[None]:
     What is compared is every collective of a layer of ours whose forward runs inside, of whatever model: `model` gives the
     names, and the ranks that take part: those of the group that all of its layers were given, or else all ranks of the job. All
     of these enter and leave the context together. Of a DistributedDataParallel in `model`, so give the wrapper, forwards that
-    broadcast buffers are compared too; its other collectives, and those of FSDP, wait for a rank that is elsewhere until their
-    timeout. NaN or Inf in what a rank reduces is a warning, once, that names the rank and the layer; it propagates as in one
-    process. (In backward under a gradient scaler it is routine.)
+    broadcast buffers are compared too (a rank that evaluates alone through it does so inside); its other collectives, and those
+    of FSDP, wait for a rank that is elsewhere until their timeout. NaN or Inf in what a rank reduces is a warning, once, that
+    names the rank and the layer; it propagates as in one process. (In backward under a gradient scaler it is routine.)
 
     Each collective costs one more small one over Gloo, and waits for the device: a tool for finding an error, or for runs that
     must not stand still. Compiled code is not seen. Not for `SyncBatchNormJoin`, whose ranks out of data run no layers.
@@ -85,21 +85,37 @@ def _group_of(layers: list[Any]) -> ProcessGroup | None:
 @contextlib.contextmanager
 def _forwards_of_wrappers(model: nn.Module, checks: "_Checks") -> Iterator[None]:
     """Compare forwards of DistributedDataParallel too, before they broadcast buffers and no layer can tell."""
-
-    def begin(wrapper: Any, args: Any) -> None:
-        if not torch.compiler.is_compiling() and checks in observing.observers() and wrapper.will_sync_module_buffers():
-            synchronizes = any(isinstance(layer, _Synchronized) and layer.training for layer in wrapper.modules())
-            where = f"at a forward in {'training' if synchronizes else 'eval'} mode"
-            if set(checks.side.ranks) <= set(ranks_of(wrapper.process_group)):
-                checks.meet(where, where)
-
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    hooks = [wrapper.register_forward_pre_hook(begin, prepend=True) for wrapper in wrappers]
+    wrappers = [(path, module) for path, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
+    hooks = [
+        wrapper.register_forward_pre_hook(_Forward(checks, path or type(wrapper).__name__), prepend=True)
+        for path, wrapper in wrappers
+    ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Forward:
+    """The hook of a wrapper's forward; in a copy of the wrapper, or a pickle, one that does nothing."""
+
+    def __init__(self, checks: "_Checks | None", name: str) -> None:
+        self.checks, self.name = checks, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Forward, (None, self.name)
+
+    def __call__(self, wrapper: Any, args: Any) -> None:
+        if torch.compiler.is_compiling() or self.checks not in observing.observers() or not wrapper.will_sync_module_buffers():
+            return
+        if set(self.checks.side.ranks) <= set(ranks_of(wrapper.process_group)):
+            # Without gradients no backward follows that ranks could differ in: a rank may evaluate where others train on.
+            evaluates = torch.is_grad_enabled() and not any(
+                layer.training for layer in wrapper.modules() if isinstance(layer, _Synchronized)
+            )
+            where = f"at a forward of {self.name}{' in eval mode' if evaluates else ''}"
+            self.checks.meet(where, where)
 
 
 class _Checks:

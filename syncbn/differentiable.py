@@ -165,7 +165,8 @@ def gradients(
 
     The statistics are taken anew, so that their derivative is known: all_reduces of 2C+1 and 2C values here, and two of 2C
     when the result is differentiated, beside those of what dy depends on. Where nothing was added, what a ReLU passed is found
-    anew, and rounded otherwise than by the kernels: a value that is zero but for its last bit may be passed here and not there.
+    anew, and rounded otherwise than by the kernels: a value that is zero but for its last bit may be passed here and not there,
+    as by the composed kernels where a mode that watches operators begins between forward and backward.
     """
     watch = _Watch(observers)
     stats = equations.statistics(all_reduce(equations.moments(x, mask), call, watch, constants=1))

@@ -165,7 +165,7 @@ class Monitor:
 
 
 class _Sums:
-    """Of a layer's calls, on their device; as much of them whatever their number."""
+    """Of a layer's calls, on the device of the last one; as much of them whatever their number."""
 
     def __init__(self) -> None:
         self.shifts: Tensor | None = None  # (2, 2) sums of mean_shift and std_shift, and of calls that had them
@@ -176,11 +176,11 @@ class _Sums:
     def add_forward(self, shifts: Tensor, ratio: Tensor) -> None:
         known = ~shifts.isnan()
         shifts = torch.stack([torch.where(known, shifts, 0), known.to(shifts.dtype)])
-        self.shifts = shifts if self.shifts is None else self.shifts + shifts
-        self.ratio = ratio if self.ratio is None else torch.fmax(self.ratio, ratio)
+        self.shifts = shifts if self.shifts is None else self.shifts.to(shifts.device) + shifts
+        self.ratio = ratio if self.ratio is None else torch.fmax(self.ratio.to(ratio.device), ratio)
 
     def add_backward(self, slack: Tensor) -> None:
-        self.slack = slack if self.slack is None else self.slack + slack
+        self.slack = slack if self.slack is None else self.slack.to(slack.device) + slack
         self.backwards += 1
 
     def report(self) -> LayerReport:

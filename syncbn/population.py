@@ -64,8 +64,8 @@ def update_bn_stats(
     is as ours.
 
     Args:
-        model: any model, in DistributedDataParallel, nn.DataParallel, AveragedModel (whose averages of running statistics
-            are of no use to its averages of weights) or not; such a wrapper's own mode does not matter.
+        model: any model, in DistributedDataParallel, AveragedModel, whose running statistics are those of other weights, or
+            nn.DataParallel of one device, or in none; such a wrapper's own mode does not matter.
         loader: batches on the model's device: a tensor, a list or tuple whose first element is the input, or a mapping of
             keyword arguments.
         num_batches: take at most so many batches of each rank.
@@ -74,7 +74,8 @@ def update_bn_stats(
         progress: show a progress bar on rank 0, if tqdm is installed.
 
     Raises:
-        ValueError: num_batches is below 1; a rank has no batch (raised on all ranks); a batch is a list or tuple of nothing.
+        ValueError: num_batches is below 1; a rank has no batch (raised on all ranks); a batch is a list or tuple of nothing;
+            nn.DataParallel over several devices.
         TypeError: a rank has run out of batches that hold tensors in something else (raised on all ranks).
     """
     if num_batches is not None and num_batches < 1:
@@ -162,6 +163,8 @@ def _device(layers: list[Any]) -> torch.device:
 def _training(model: nn.Module) -> Iterator[list[Any]]:
     """The layers that are not frozen, in training mode inside; uncompiled, DistributedDataParallel not broadcasting buffers."""
     modes = [(module, module.training) for module in model.modules()]
+    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
+        raise ValueError("given nn.DataParallel over several devices, in whose copies no call is seen; expected its module")
     wrappers = [(m, m.broadcast_buffers) for m in model.modules() if isinstance(m, DistributedDataParallel)]
     layers = _layers(model)
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 import threading
 
 import pytest
@@ -487,16 +488,17 @@ def test_what_is_refused():
             pass
 
 
-def test_a_copy_of_the_model_made_inside_is_not_seen_and_copies_no_more_than_the_model():
-    """As an average of weights may be made: it has the hook, which knows the layers of the model alone."""
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_copy_of_the_model_made_inside_is_not_seen_and_copies_no_more_than_the_model(pickled):
+    """As an average of weights may be made, or a checkpoint: it has the hook, which knows no layers."""
     model, other = syncbn.convert(network()), syncbn.convert(network())
     x = data(0, 0, (4,))[0]
     with accumulate_statistics(model):
-        twin = copy.deepcopy(model)
+        twin = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
         model(x)
         twin(x + 1)
     with accumulate_statistics(other):
         other(x)
     assert_same_state(model.state_dict(), other.state_dict())
     (hook,) = twin.twice._forward_pre_hooks.values()
-    assert model.twice in hook.__self__.watched
+    assert not hook.__self__.watched

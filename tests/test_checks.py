@@ -1,6 +1,8 @@
 """Checked mode: ranks that differ all raise the same at once, and those that do not go on as ever."""
 
 import contextlib
+import copy
+import io
 import itertools
 import time
 import warnings
@@ -242,9 +244,9 @@ def test_ranks_that_agree_get_the_same_bits_and_collectives(world, group_size):
 
 # By what happens to rank 1 before the second forward of a wrapper that broadcasts buffers in it, and where it then is.
 IN_WRAPPERS = {
-    "raised": "rank 1 failed: ZeroDivisionError: of this rank, ranks 0, 2 at a forward in training mode;",
-    "left": "rank 1 is out of the context, ranks 0, 2 at a forward in training mode;",
-    "evaluated": "rank 1 is at a forward in eval mode, ranks 0, 2 at a forward in training mode;",
+    "raised": "rank 1 failed: ZeroDivisionError: of this rank, ranks 0, 2 at a forward of 0;",
+    "left": "rank 1 is out of the context, ranks 0, 2 at a forward of 0;",
+    "evaluated": "rank 1 is at a forward of 0 in eval mode, ranks 0, 2 at a forward of 0;",
 }
 
 
@@ -307,6 +309,43 @@ def _wrapped_otherwise(world):
 
 def test_forwards_that_broadcast_nothing_to_the_ranks_compared_are_nobodys():
     assert worlds.run_fresh(4, _wrapped_otherwise) == [[0, 1]] * 4
+
+
+def _in_two_wrappers(world):
+    first, second = (DistributedDataParallel(syncbn.convert(nn.BatchNorm1d(c))) for c in (3, 50))
+    try:
+        with syncbn.checked(nn.ModuleList([first, second])):
+            first(torch.ones(2, 3)) if world.rank else second(torch.ones(2, 50))
+    except syncbn.CollectiveError as error:
+        return str(error)
+
+
+def test_ranks_in_different_wrappers_do_not_broadcast_into_each_other():
+    for message in worlds.run_fresh(2, _in_two_wrappers):
+        assert message.startswith("ranks differ at call 1: rank 0 is at a forward of 1, rank 1 at a forward of 0;")
+
+
+def _evaluated_alone(world):
+    """Through the wrapper, whose broadcast then is that of the others' next forward."""
+    wrapped = DistributedDataParallel(syncbn.convert(Net()))
+    with syncbn.checked(wrapped):
+        for _ in range(3):  # in the second one the wrapper communicates once more
+            step(wrapped, world.rank)
+        if world.rank == 0:
+            with torch.no_grad():
+                for _ in range(3):
+                    wrapped.eval()(torch.ones(2, 3))
+        step(wrapped.train(), world.rank)
+        copied, pickled = copy.deepcopy(wrapped), io.BytesIO()
+        torch.save(wrapped, pickled)
+        kept = next(iter(copied._forward_pre_hooks.values()))
+    return wrapped.module.first.running_mean.tolist(), kept.checks
+
+
+def test_a_rank_may_evaluate_alone_and_a_wrapper_be_copied():
+    (mean, kept), (other, _) = worlds.run_fresh(2, _evaluated_alone)
+    assert mean == other != [0.0] * 3
+    assert kept is None
 
 
 def _apart_at_the_timeout(world):

@@ -475,9 +475,10 @@ def test_usage_errors(option, capsys):
     assert re.search(rf"{name}: given '{value}'; expected {expected}", capsys.readouterr().err)
 
 
-def test_a_reader_that_has_read_enough():
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_read_enough(buffered):
     """As head: no error is to be looked for among the ranks."""
-    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": buffered}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "syncbn", "doctor", "--repeats=2", "--steps=2"]
     with subprocess.Popen(command, env=os.environ | more, **pipes) as doctor:
@@ -485,7 +486,28 @@ def test_a_reader_that_has_read_enough():
         doctor.stdout.close()
         error = doctor.stderr.read()
         assert doctor.wait(60) == 1
-    assert error == ""
+    assert error == "syncbn: [Errno 32] Broken pipe: nobody reads what is printed, or a process is gone\n"
+
+
+PRINTS_LAST = """
+import sys
+from syncbn.__main__ import main
+from syncbn.doctor import run
+run.run = lambda options: sys.stdin.read() and print("everything holds") or 0
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_a_reader_that_goes_before_the_end():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command, more = [sys.executable, "-c", PRINTS_LAST], {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, env=os.environ | more, **pipes) as doctor:
+        doctor.stdout.close()
+        doctor.stdin.write("go on")
+        doctor.stdin.close()
+        error = doctor.stderr.read()
+        assert doctor.wait(60) == 1
+    assert error == "syncbn: [Errno 32] Broken pipe: nobody reads what is printed, or a process is gone\n"
 
 
 def test_help_on_a_terminal_of_few_letters(monkeypatch):

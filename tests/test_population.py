@@ -312,3 +312,9 @@ def test_wrong_numbers():
         update_bn_stats(network(), [batch(0, 2)], num_batches=0)
     with pytest.raises(ValueError, match="no batch on rank 0 of 1"):
         update_bn_stats(network(), [], progress=False)
+    with pytest.raises(ValueError, match="given an empty list on rank 0 of 1; expected a batch, its input first"):
+        update_bn_stats(network(), [[]], progress=False)
+    parallel = nn.DataParallel(network())
+    parallel.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"given nn.DataParallel over several devices, .*; expected its module"):
+        update_bn_stats(parallel, [batch(0, 2)], progress=False)

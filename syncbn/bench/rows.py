@@ -5,6 +5,7 @@ Requirements
     - a row names no path of the machine that it was made on.
 """
 
+import contextlib
 import csv
 import datetime
 import importlib
@@ -78,7 +79,7 @@ def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = No
     """Append rows to NAME.csv, which has the columns of the rows and those of `circumstances`; all of them or none.
 
     Raises:
-        RowError: the file, or one row of them, has other columns; the disk is full.
+        RowError: the file, or one row of them, has other columns; they cannot be written.
     """
     path = directory(where) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +96,9 @@ def append(name: str, rows: Sequence[Mapping[str, Any]], where: Path | None = No
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())
     except OSError as error:
-        os.truncate(path, size)  # no row that is cut, which the next would join
-        raise RowError(f"no rows can be written to {path} ({type(error).__name__}: {error.strerror}); none is there") from error
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)  # no row that is cut, which the next would join
+        raise RowError(f"no rows can be written to {path} ({type(error).__name__}: {error.strerror})") from error
     return path
 
 

@@ -1,11 +1,14 @@
 """Where each rank runs: versions, machine, device, network; and whether the ranks agree."""
 
+import contextlib
 import os
 import platform
+import re
 import socket
 import struct
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -71,13 +74,18 @@ def _kernels(device: torch.device) -> str:
 
 
 def driver() -> str:
-    """The version of NVIDIA's, as nvidia-smi tells it; nothing where it is not there."""
+    """The version of NVIDIA's, as nvidia-smi tells it, or the kernel; nothing where it is not there."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        if done.returncode == 0:
+            return done.stdout.split("\n", 1)[0].strip()
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.split("\n", 1)[0].strip() if done.returncode == 0 else ""
+        pass  # a container may be without it
+    with contextlib.suppress(OSError):
+        found = re.search(r"Kernel Module.*?(\d+(?:\.\d+)+)", Path("/proc/driver/nvidia/version").read_text())
+        return found[1] if found else ""
+    return ""
 
 
 def interface(backend: str) -> str:
