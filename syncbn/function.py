@@ -59,7 +59,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, saved = compute.normalize(x, message, affine, None if hold else running)
         statistics, weight, saved_bias, saved_y, relu = saved
         ctx.save_for_backward(x, statistics, weight, saved_bias, saved_y, mask)
-        # Other kernels round otherwise, and a ReLU by x would pass others: so these, if what watches operators is gone.
+        # By a ReLU of x other kernels, which round otherwise, would pass other values: backward is composed as forward was.
         composed = relu and saved_y is None and compute is kernels.composed()
         ctx.rest = relu, affine.eps, None if bias is None else bias.dtype, call, observers, composed
         return y
