@@ -25,6 +25,7 @@ ProcessGroup = dist.ProcessGroup
 GroupLike = ProcessGroup | DeviceMesh | None
 # What torch.distributed.new_group returns to a rank that is not in the new group.
 OUTSIDE = dist.GroupMember.NON_GROUP_MEMBER
+ALL_REDUCE: Any = dist.ProcessGroup.allreduce  # of any group: not every release's compiler can look it up in one
 SUM = dist.AllreduceOptions()  # on the current stream of a GPU
 SUM.asyncOp = False
 # Each default group's groups by size; they go when it does.
@@ -234,7 +235,7 @@ def _all_reduce(message: Tensor, call: Call) -> Tensor:
                 f"for it; expected eager code, torch.func.jvp or torch.compile (layer {call.layer!r}, rank {rank} of {size})"
             )
         try:
-            work = call.group.allreduce([message], SUM)  # what dist.all_reduce does, in half of its time
+            work = ALL_REDUCE(call.group, [message], SUM)  # what dist.all_reduce does, in half of its time
             if work is not None:
                 work.wait()
         except RuntimeError as error:

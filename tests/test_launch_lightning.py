@@ -1,13 +1,11 @@
 """launch/lightning_train.py goes on where it was left, as the other programs do."""
 
-import contextlib
-import os
+import datetime
 import re
-import signal
+import runpy
 import subprocess
 import sys
-import time
-from pathlib import Path
+from unittest import mock
 
 import launched
 import pytest
@@ -56,28 +54,11 @@ def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.timeout(200)
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find processes")
-def test_lightning_waits_for_a_frozen_process_no_longer_than_the_timeout(tmp_path):
-    pytest.importorskip("lightning")
-    log, frozen = tmp_path / "log", []
-    command = [sys.executable, LAUNCH / "lightning_train.py", "--epochs=500", "--processes=2", "--timeout=5"]
-    with log.open("w") as file:
-        trainer = subprocess.Popen(list(map(str, command)), env=environment(), stdout=file, stderr=subprocess.STDOUT)
-        try:
-            while "Trainable params" not in log.read_text():
-                assert trainer.poll() is None, log.read_text()
-                time.sleep(0.1)
-            children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children")
-            frozen += map(int, children.read_text().split())
-            os.kill(frozen[0], signal.SIGSTOP)
-            assert trainer.wait(60) == 1
-        finally:
-            trainer.kill()
-            trainer.wait()
-            for process in frozen:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-    ours = r"failed in (forward|backward) on rank 0 of 2.*to reach it within 0:00:05"
-    theirs = "Timed out waiting 5000ms|Application timeout"
-    assert re.search(f"{ours}|{theirs}", log.read_text()), "in a layer, or in DistributedDataParallel"
+def test_lightning_waits_as_long_as_it_is_told(monkeypatch):
+    """For the others to come, too: what a short wait does is not tried, for processes need some seconds to begin."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    monkeypatch.setattr(lightning, "Trainer", trainer := mock.Mock())
+    monkeypatch.setattr(sys, "argv", ["lightning_train.py", "--processes=1", "--timeout=77"])
+    runpy.run_path(str(LAUNCH / "lightning_train.py"), run_name="__main__")
+    assert trainer.call_args.kwargs["strategy"]._timeout == datetime.timedelta(seconds=77)
+    assert trainer.return_value.fit.call_count == 1

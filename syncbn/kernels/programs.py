@@ -147,12 +147,12 @@ def normalize(
     s1 = tl.load(message + channel, mask=real, other=0.0)
     s2 = tl.load(message + c + channel, mask=real, other=0.0)
     gamma, beta = parameter(weight, channel, c, 1.0), parameter(bias, channel, c, 0.0)
-    mine = real & (part == 0)
+    mine = real & (channel * 0 + part == 0)
     if running_mean is not None:
         old_mean = tl.load(running_mean + channel, mask=mine, other=0.0).to(tl.float64)
         old_var = tl.load(running_var + channel, mask=mine, other=0.0).to(tl.float64)
         if tracked is not None:
-            batches = tl.load(tracked + one, mask=part == 0, other=0)
+            batches = tl.load(tracked + one, mask=one + part == 0, other=0)
     values = tl.maximum(count, 1.0)
     mean = s1 / values  # a product would go unrounded into its rest, here alone
     square = s2 / values - mean * mean
