@@ -48,6 +48,11 @@ def made_by(name: str) -> Any:
     return getattr(importlib.import_module(module), function)()
 
 
+def file_problem(error: OSError) -> str:
+    """What a command says of a file that it cannot write or read, as on a full disk."""
+    return f"{error.filename or 'a file'} cannot be written or read ({type(error).__name__}: {error.strerror})"
+
+
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Tells the default of an option that has one."""
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..options import Defaults, positive, whole
+from ..options import Defaults, file_problem, positive, whole
 
 LAYOUTS = ("contiguous", "channels_last", "rows", "contiguous 3d", "channels_last 3d")
 Subcommands = Any  # argparse's, which cannot be subscripted when the program runs
@@ -186,7 +186,7 @@ def run(name: str, options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # of a picture, or a folder of processes
-        return say(f"{error.filename or 'a file'} cannot be written or read ({type(error).__name__}: {error.strerror})")
+        return say(file_problem(error))
     finally:
         signal.signal(signal.SIGTERM, terminate)
 

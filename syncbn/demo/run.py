@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..options import Defaults, whole
+from ..options import Defaults, file_problem, whole
 from .launch import LaunchError, launch, torchrun
 
 IMAGES = 1797  # of scikit-learn's digits
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        say(f"{error.filename or 'a file'} cannot be written or read ({type(error).__name__}: {error.strerror})")
+        say(file_problem(error))
         return 1
     finally:
         signal.signal(signal.SIGTERM, terminate)
