@@ -1,4 +1,4 @@
-"""What the host does for a step of the GPU's kernels, without a GPU: launched by Python, and by C++ (`python -m syncbn build`).
+"""What the host does for a step of the GPU's kernels, without a GPU: by Python, and by C++ (`python -m syncbn build`).
 
     python benchmarks/host.py [--repeats 31]
 
@@ -21,7 +21,7 @@ from syncbn import kernels
 from syncbn.bench import peers, rows
 from syncbn.bench.fake_world import fake_world
 from syncbn.bench.timing import interleaved, microseconds, quartiles, ratio
-from syncbn.kernels import host, triton
+from syncbn.kernels import extension, host, triton
 
 LAYERS, STEPS = 8, 50
 SHAPE = (2, 16, 8, 8)
@@ -42,13 +42,14 @@ class Launchers(dict):
 LAUNCHER = triton.Launcher(None, nothing, 0, None)
 
 
-def row_of(layer: nn.Module, compute: object):
-    """Some steps of layers in a row by these kernels; None: the layer's own."""
+def row_of(layer: nn.Module, compute: object, library: object = None):
+    """Some steps of layers in a row by these kernels, and C++ of a library, if there is one."""
     made = nn.Sequential(*(layer() for _ in range(LAYERS)))
     leaf, dy = torch.randn(SHAPE).requires_grad_(), torch.randn(SHAPE)
 
     def run() -> None:
-        with mock.patch.object(kernels, "pick", lambda x: compute if compute.takes(x) else None):
+        picked = mock.patch.object(kernels, "pick", lambda x: compute if compute.takes(x) else None)
+        with picked, mock.patch.object(extension, "library", library):
             for _ in range(STEPS):
                 made(leaf).backward(dy)
                 made.zero_grad()
@@ -64,15 +65,15 @@ def main() -> int:
     torch.set_num_threads(1)
     triton._launchers, triton.INTERPRETED = Launchers(), True
     with tempfile.TemporaryDirectory() as directory:
-        host.library = host.load(host.build(Path(directory) / host.LIBRARY.name))
-    host.use(host.library, launch=lambda *given: LAUNCHER)
+        library = host.library = extension.load(extension.build(Path(directory) / extension.LIBRARY.name))
+    host.use(library, launch=lambda *given: LAUNCHER)
     measured = []
     for ranks in (1, 8):
         with fake_world(ranks):
             runs = {
                 "torch": row_of(lambda: nn.BatchNorm2d(SHAPE[1]), None),
                 "python": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), triton),
-                "c++": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), host),
+                "c++": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), host, library),
             }
             taken = interleaved(runs, options.repeats, torch.device("cpu"), warm_up=2)
         for name, times in taken.items():
@@ -82,7 +83,7 @@ def main() -> int:
             measured.append(row | {f"over_{base}": round(value, 3) for base, value in over.items()})
             print(
                 f"{ranks} ranks, {name:7}: {1e6 * statistics.median(each):6.1f} microseconds a layer, {over['torch']:.2f} of "
-                f"torch's local batch norm, {over['python']:.2f} of ours launched by Python"
+                f"torch's local batch norm, {over['python']:.2f} of ours by Python"
             )
     print(rows.said(rows.append("host", measured)))
     return 0

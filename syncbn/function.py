@@ -1,7 +1,6 @@
-"""Synchronized batch normalization as a function: the one autograd.Function of eager training, and its public form.
+"""Synchronized batch normalization as a function: what is checked before the collective, and the public form.
 
 Requirements
-    - every rank of the group issues one all_reduce in forward and one in backward, whatever its share, gradients or layout;
     - what can be checked is checked before the collective, and the error names the layer and the rank;
     - alone, without an observer, it is torch.nn.functional.batch_norm to the bit, errors included.
 """
@@ -13,85 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import collectives, differentiable, equations, kernels, observing
+from . import differentiable, kernels, observing
 from .arguments import as_number, eager_problem, mask_problem, problem_of, residual_problem, where
 from .collectives import Group, GroupLike
-from .kernels import Affine, Running, Saved
-from .observing import Call, Observer
-
-
-class Rest(NamedTuple):
-    """What a forward needs beside what autograd has to see, each of which costs it time."""
-
-    affine: Affine  # with weight, bias and residual once more
-    running: Running | None  # buffers to move
-    call: Call  # of the forward collective
-    observers: tuple[Observer, ...]
-    mask: Tensor | None  # (N, 1, *) what counts; x is finite elsewhere
-
-
-class _SyncBatchNorm(torch.autograd.Function):
-    """Forward: moments, all_reduce, normalize. Backward: gradient sums, all_reduce, input gradient (see `syncbn.equations`).
-
-    Differentiable again: with create_graph=True backward goes by the equations, and so do many gradients at once.
-    """
-
-    @classmethod
-    def apply(cls, x: Tensor, *others: Any) -> Any:
-        """As Function's, without its search for transforms: `_normalize` looked for them, here is what one may have left."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return super().apply(x, *others)
-        return super(torch.autograd.Function, cls).apply(x, *others)  # type: ignore[misc]
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # (N, C, *)
-        weight: Tensor | None,  # (C,)
-        bias: Tensor | None,  # (C,)
-        residual: Tensor | None,  # (N, C, *)
-        rest: Rest,
-    ) -> Tensor:
-        affine, running, call, observers, mask = rest
-        compute = kernels.pick(x)
-        local = compute.moments(x) if mask is None else equations.moments(x, mask)
-        message, hold = collectives.all_reduce(local, call, observers)
-        y, saved = compute.normalize(x, message, affine, None if hold else running)
-        statistics, weight, saved_bias, saved_y, relu = saved
-        ctx.save_for_backward(x, statistics, weight, saved_bias, saved_y, mask)
-        # By a ReLU of x other kernels, which round otherwise, would pass other values: backward is composed as forward was.
-        composed = relu and saved_y is None and compute is kernels.composed()
-        ctx.rest = relu, affine.eps, None if bias is None else bias.dtype, call, observers, composed
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, statistics, weight, bias, y, mask = ctx.saved_tensors
-        relu, eps, bias_dtype, forward, observers, composed = ctx.rest
-        saved, call = Saved(statistics, weight, bias, y, relu), forward.backward()
-        dx: Tensor | None
-        dresidual: Tensor | None
-        if differentiable.wanted_backward(dy):
-            dx, dweight, dbias, dresidual = differentiable.gradients(dy, x, saved, eps, call, mask, observers)
-        else:
-            compute = kernels.composed() if composed else kernels.pick(x)
-            sums = compute.gradient_sums(dy, x, saved)
-            # Issued whether this rank needs dx or not: the others may.
-            message, _ = collectives.all_reduce(sums.message, call, observers)
-            _, dweight, dbias, dresidual = sums
-            passed = dy if dresidual is None else dresidual
-            dx = compute.input_gradient(passed, x, saved, message) if ctx.needs_input_grad[0] else None
-        return (
-            dx if ctx.needs_input_grad[0] else None,
-            None if weight is None else _as(dweight, weight.dtype),
-            None if bias_dtype is None else _as(dbias, bias_dtype),
-            dresidual if ctx.needs_input_grad[3] else None,
-            None,
-        )
-
-
-def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value if value.dtype == dtype else value.to(dtype)  # the operator looks for longer
+from .eager import Rest, normalize, strided_as
+from .kernels import Affine, Running
+from .observing import Call
 
 
 def sync_batch_norm(
@@ -196,7 +122,9 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         running = None
     elif running is not None and not isinstance(running.momentum, float):
         running = running._replace(momentum=as_number(running.momentum))
-    problem = problem_of(x, affine, running, site.channels) or mask_problem(x, mask)
+    library = None if compiling else kernels.by_library()
+    in_order = library is not None and library.is_in_order(x, affine, running, site.channels)
+    problem = (None if in_order else problem_of(x, affine, running, site.channels)) or mask_problem(x, mask)
     if problem is None and not compiling:
         problem = eager_problem(x, running, mask, alone)
     if problem is not None:
@@ -204,27 +132,14 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
     forward = None if compiling or not observing.observed(group) else Forward(site.module)
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
     rest = Rest(affine, running, call, observers, None)
-    return _normalize(x, rest) if mask is None else _masked(x, rest, mask)
-
-
-def _normalize(x: Tensor, rest: Rest) -> Tensor:
-    affine, running, call, _, mask = rest
-    if differentiable.wanted():
-        return _strided_as(x, differentiable.batch_norm(x, affine, running, call, mask))
-    return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.residual, rest)
+    return normalize(x, rest) if mask is None else _masked(x, rest, mask)
 
 
 def _masked(x: Tensor, rest: Rest, mask: Tensor) -> Tensor:
     """y and dx are 0 where the mask (N, *) or (N, 1, *) is false, whatever x is there."""
     mask = _broadcast(mask, x)
-    y = torch.where(mask, _normalize(torch.where(mask, x, 0), rest._replace(mask=mask)), 0)
-    return _strided_as(x, y)
-
-
-def _strided_as(x: Tensor, y: Tensor) -> Tensor:
-    """y with the strides of torch.empty_like(x), which vmap may batch less than y."""
-    strides = torch.empty_like(x).stride()
-    return y if y.stride() == strides else y.new_empty_strided(y.shape, strides).copy_(y)
+    y = torch.where(mask, normalize(torch.where(mask, x, 0), rest._replace(mask=mask)), 0)
+    return strided_as(x, y)
 
 
 def _has_kernels(x: Tensor, affine: Affine) -> bool:

@@ -14,7 +14,7 @@ import torch
 hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=100, database=None)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000, print_blob=True)
 
-LONGEST = ["compile", "host", "launch", "triton", "launch_lightning", "kernels", "demo", "faults", "nodes", "processes"]
+LONGEST = ["compile", "host", "node", "launch", "triton", "launch_lightning", "kernels", "demo", "faults", "nodes", "processes"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,10 +76,19 @@ def operators():
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    """Where the host side of the kernels in Triton is, built once."""
-    from syncbn.kernels import host
+    """Where what `python -m syncbn build` makes is, built once for all processes of a run."""
+    import fcntl
 
-    return host.build(tmp_path_factory.mktemp("library") / host.LIBRARY.name)
+    from syncbn.kernels import extension
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    library = folder / extension.LIBRARY.name
+    with (folder / "library.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            extension.build(folder / "library.so").replace(library)
+    return library
 
 
 class Device(NamedTuple):
@@ -107,9 +116,12 @@ def device(request, monkeypatch):
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
     monkeypatch.setattr(kernels, "BY_LIBRARY", by_library)
     if by_library:
-        from syncbn.kernels import host
+        from syncbn.kernels import extension, host
 
-        monkeypatch.setattr(host, "library", host.load(request.getfixturevalue("host_library")))
+        library = extension.load(request.getfixturevalue("host_library"))
+        host.use(library)
+        for module in (extension, host):
+            monkeypatch.setattr(module, "library", library)
         monkeypatch.setattr(kernels, "_tried", {})
     gpus.check_kernels(name, triton_from_bytes)
     return name

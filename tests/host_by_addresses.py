@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from syncbn.kernels import host, plans, triton
+from syncbn.kernels import extension, host, plans, triton
 
 STREAM = 77
 
@@ -61,7 +61,7 @@ class Library:
     """A library whose programs are `make`'s, and whose functions are called until nothing is new to them."""
 
     def __init__(self, path: Path, make: Any = Made) -> None:
-        self.loaded, self.make = host.load(path), make
+        self.loaded, self.make = extension.load(path), make
         self.new: list[Made] = []
         self.launched: dict[str, int] = dict.fromkeys(host.PROGRAMS, 0)
         self.use()

@@ -602,8 +602,10 @@ def test_the_worst_of_all_repetitions_counts():
 @pytest.mark.parametrize("there", [True, False])
 def test_the_kernels_in_use_are_named(there):
     every = mock.Mock(takes=lambda x: True)
+    kind, host = "compiled" if there else "composed", types.SimpleNamespace(__name__="syncbn.kernels.host")
     with mock.patch.object(kernels, "compiled", return_value=every if there else None):
-        assert place.facts("gloo", CPU).kernels == ("compiled" if there else "composed")
-    host = types.SimpleNamespace(__name__="syncbn.kernels.host")
-    with mock.patch.object(kernels, "pick", return_value=host):
+        for library, name in ((None, kind), (object(), f"{kind}, recorded by C++")):
+            with mock.patch.object(kernels.extension, "library", library):
+                assert place.facts("gloo", CPU).kernels == name
+    with mock.patch.object(kernels, "pick", return_value=host), mock.patch.object(kernels.extension, "library", object()):
         assert place.facts("gloo", CPU).kernels == "compiled, launched by C++"

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import batches
@@ -23,9 +24,9 @@ from test_triton import FUNCTIONS, INTERPRETED, all_that_differs, by_the_interpr
 from torch._subclasses import FakeTensorMode
 
 import syncbn
-from syncbn import kernels
+from syncbn import build, kernels
 from syncbn.__main__ import main
-from syncbn.kernels import Affine, Running, in_triton
+from syncbn.kernels import Affine, Running, extension, in_triton
 
 pytestmark = [
     pytest.mark.skipif(in_triton() is None, reason="needs triton"),
@@ -409,10 +410,10 @@ def test_where_it_does_not_work_python_launches(library, monkeypatch, caplog):
 
 def test_what_is_no_library_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "syncbn"):
-        assert host.load(tmp_path / "none.so") is None
+        assert extension.load(tmp_path / "none.so") is None
         assert caplog.records == []
         (tmp_path / "broken.so").write_bytes(b"no library")
-        assert host.load(tmp_path / "broken.so") is None
+        assert extension.load(tmp_path / "broken.so") is None
     (record,) = caplog.records
     assert "broken.so" in record.getMessage()
 
@@ -424,8 +425,10 @@ def compiler(host_library, tmp_path, monkeypatch):
     program.write_text(f"import shutil, sys\nshutil.copy({str(host_library)!r}, sys.argv[sys.argv.index('-o') + 1])\n")
     (folder := tmp_path / "kernels").mkdir()
     monkeypatch.setenv("CXX", shlex.join([sys.executable, str(program)]))
-    monkeypatch.setattr(host, "LIBRARY", folder / host.LIBRARY.name)
-    monkeypatch.setattr(host, "library", None)
+    monkeypatch.setattr(extension, "LIBRARY", folder / extension.LIBRARY.name)
+    for module in (extension, host):
+        monkeypatch.setattr(module, "library", None)
+    monkeypatch.setattr(kernels, "BY_LIBRARY", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return folder
 
@@ -445,20 +448,20 @@ def test_what_a_compiler_says_is_said(command, said, compiler, monkeypatch, caps
 
 
 def test_what_the_command_builds_takes_the_place_of_what_it_built_before(compiler, capsys):
-    of_other_source, of_other_torch = compiler / f"_host-0{host.ENDING}", compiler / "_host-0-2.0.so"
+    of_other_source, of_other_torch = compiler / f"_host-0{extension.ENDING}", compiler / "_host-0-2.0.so"
     for old in (of_other_source, of_other_torch):
         old.write_bytes(b"old")
     assert main(["build"]) == 0
-    assert set(compiler.iterdir()) == {host.LIBRARY, of_other_torch}, "which another environment may load"
-    assert host.library is not None
+    assert set(compiler.iterdir()) == {extension.LIBRARY, of_other_torch}, "which another environment may load"
+    assert extension.library is not None
     said = capsys.readouterr().out
-    assert str(host.LIBRARY) in said
-    assert "not tried, since there is no GPU here" in said
+    assert str(extension.LIBRARY) in said
+    assert "which works on the CPU" in said
 
 
 def test_what_another_build_took_away_is_gone(compiler, monkeypatch):
     """Of two at once, as on two machines that share the files, one is the first."""
-    (compiler / f"_host-0{host.ENDING}").write_bytes(b"old")
+    (compiler / f"_host-0{extension.ENDING}").write_bytes(b"old")
     found = Path.glob
 
     def late(directory, pattern):
@@ -468,28 +471,49 @@ def test_what_another_build_took_away_is_gone(compiler, monkeypatch):
 
     monkeypatch.setattr(Path, "glob", late)
     assert main(["build"]) == 0
-    assert list(compiler.iterdir()) == [host.LIBRARY]
+    assert list(compiler.iterdir()) == [extension.LIBRARY]
 
 
 @pytest.mark.parametrize("problem", [None, "a fault"])
 def test_what_does_not_work_on_the_gpu_is_not_kept(problem, compiler, monkeypatch, capsys):
-    host.LIBRARY.write_bytes(b"one that worked")
+    extension.LIBRARY.write_bytes(b"one that worked")
+    on_cpu = build.step_problem
+    monkeypatch.setattr(build, "step_problem", lambda device: on_cpu(device) if device == "cpu" else None)
     monkeypatch.setattr(host, "problem", lambda device: problem)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     assert main(["build"]) == (problem is not None)
     said = capsys.readouterr()
     assert ("does not work on some GPU: a fault" in said.err) == (problem is not None)
-    assert ("which works on some GPU" in said.out) == (problem is None)
-    assert (host.LIBRARY.read_bytes() == b"one that worked") == (problem is not None)
-    assert list(compiler.iterdir()) == [host.LIBRARY]
+    assert ("which works on the CPU and some GPU" in said.out) == (problem is None)
+    assert (extension.LIBRARY.read_bytes() == b"one that worked") == (problem is not None)
+    assert list(compiler.iterdir()) == [extension.LIBRARY]
 
 
-def test_without_triton_nothing_is_built():
-    program = "import sys; sys.modules['triton'] = None; from syncbn.__main__ import main; sys.exit(main(['build']))"
+@pytest.mark.parametrize("does", ["raises", "another value"])
+def test_what_does_not_train_as_python_does_is_not_kept(does, host_library, compiler, monkeypatch, capsys):
+    loaded = extension.load(host_library)
+
+    def record(functions, x, *given):
+        if does == "raises":
+            raise OverflowError("of a node")
+        return loaded.record(functions, x, *given) + x
+
+    monkeypatch.setattr(extension, "load", lambda path: SimpleNamespace(record=record, is_in_order=loaded.is_in_order))
+    assert main(["build"]) == 1
+    reason = "OverflowError: of a node" if does == "raises" else "otherwise than by Python: y, dx"
+    assert capsys.readouterr().err == f"not kept, since it does not work on the CPU: {reason}\n"
+    assert list(compiler.iterdir()) == []
+
+
+def test_without_triton_it_is_built_for_the_cpu(compiler):
+    put = f"from syncbn.kernels import extension; extension.LIBRARY = pathlib.Path({str(extension.LIBRARY)!r})"
+    program = (
+        f"import pathlib, sys; sys.modules['triton'] = None; {put}; from syncbn.__main__ import main; sys.exit(main(['build']))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("given a Python without triton; expected Triton, which the kernels are written in")
+    assert done.returncode == 0, done.stderr
+    assert "which works on the CPU: used by" in done.stdout
 
 
 def test_processes_load_what_was_built_for_their_source_alone(compiler, tmp_path):

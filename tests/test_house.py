@@ -22,6 +22,7 @@ LAYERS = [
     {"kernels", "collectives"},
     {"control", "arguments"},
     {"differentiable"},
+    {"eager"},
     {"function"},
     {"module"},
     {"names"},

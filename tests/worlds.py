@@ -14,6 +14,7 @@ All communicate by Gloo, or, where `over=NCCL` is given, by that: four other pro
 import atexit
 import contextlib
 import datetime
+import importlib
 import multiprocessing
 import os
 import sys
@@ -213,6 +214,8 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, group_timeout: fl
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if "BY_LIBRARY" in os.environ:
+        importlib.import_module("by_library").use()
     if over.device == "cuda":
         nccl_ranks.prepare(rank, size)
     timeout = datetime.timedelta(seconds=group_timeout)

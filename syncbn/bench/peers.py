@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..convert import convert
+from ..kernels import extension
 from ..module import SyncBatchNormReLU, _Synchronized
 from . import agreement, sync_operators
 
@@ -129,7 +130,7 @@ PEERS = {
     "plain": Peer("autograd through an all_reduce of E[x], E[x²]", PlainSyncBatchNorm),
     "plain-inductor": Peer("the same under torch.compile", PlainSyncBatchNorm, compiled=True),
     "syncbn": Peer("syncbn, compiled kernels; on a GPU in Triton", forced, kernels="compiled"),
-    "syncbn-host": Peer("syncbn, in Triton, launched by C++", forced, kernels="host"),
+    "syncbn-host": Peer("the same by what `python -m syncbn build` makes", forced, kernels="host"),
     "syncbn-aten": Peer("syncbn, ATen kernels", forced, kernels="aten"),
     "syncbn-inductor": Peer("syncbn under torch.compile", forced, compiled=True),
 }
@@ -144,8 +145,8 @@ def available(name: str, device: torch.device) -> str | None:
         return "torch.compile needs a C++ compiler"
     if peer.compiled and not on_cpu and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton"
-    if peer.kernels == "host" and (on_cpu or _host_is_missing()):
-        return "they are for a GPU" if on_cpu else "`python -m syncbn build` did not build it here"
+    if peer.kernels == "host" and extension.library is None:
+        return "`python -m syncbn build` did not build it here"
     if peer.kernels in ("compiled", "host"):
         with using(name):
             if kernels.pick(torch.empty(2, 2, 2, 2, device=device)) is kernels.composed():
@@ -178,15 +179,6 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         kernels.compiled, kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY = compiled, from_bytes, by_library
-
-
-def _host_is_missing() -> bool:
-    """Whether there is no library to launch by."""
-    try:
-        from ..kernels import host
-    except ImportError:  # of Triton
-        return True
-    return host.library is None
 
 
 def _nothing() -> None:

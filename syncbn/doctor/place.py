@@ -68,9 +68,11 @@ def facts(backend: str, device: torch.device) -> Facts:
 
 def _kernels(device: torch.device) -> str:
     picked: Any = kernels.pick(torch.empty(1, 1, device=device))
-    if picked is kernels.composed():
-        return "composed"
-    return "compiled, launched by C++" if getattr(picked, "__name__", "") == f"{kernels.__name__}.host" else "compiled"
+    found = "composed" if picked is kernels.composed() else "compiled"
+    if kernels.by_library() is None:
+        return found
+    launched = getattr(picked, "__name__", "") == f"{kernels.__name__}.host"
+    return f"{found}, {'launched' if launched else 'recorded'} by C++"  # what `python -m syncbn build` made
 
 
 def driver() -> str:

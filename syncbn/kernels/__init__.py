@@ -15,16 +15,17 @@ the dy that passed, which input_gradient is given in place of dy.
 
 import functools
 import logging
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..equations import Statistics, running_statistics
+from . import extension
 
 # CUDA tensors of this many bytes or more go to the kernels in Triton: all of them (benchmarks/results/layer_cuda.csv).
 TRITON_FROM_BYTES = 0.0
-# Whether they are launched by the library that `python -m syncbn build` makes, where it is.
+# Whether the library that `python -m syncbn build` makes is used, where it is.
 BY_LIBRARY = True
 
 
@@ -163,6 +164,11 @@ def in_triton(gpu: int | None = None) -> Compiled | None:
         logging.getLogger("syncbn").warning("%s (%s): %s, with the same results but slower", fast.WHAT, problem, fast.INSTEAD)
     _tried[key] = found
     return found
+
+
+def by_library() -> Any:
+    """The library that `python -m syncbn build` makes; None where it is not, or not used."""
+    return extension.library if BY_LIBRARY else None
 
 
 def check_device(x: Tensor) -> None:

@@ -33,6 +33,7 @@ constexpr int8_t NONE = -1;
 
 /* ---- what Python gave ---- */
 struct Given {
+    py::object kernels;                          // host.py
     py::object plans, workspace, stream, launch; // functions of plans.py, triton.py and host.py
     py::object hooks;                            // what has Triton's hooks
     py::object enter = py::str("launch_enter_hook"), exit = py::str("launch_exit_hook"), calls = py::str("calls");
@@ -246,13 +247,13 @@ MaybeTensor moments(const Tensor &x) {
 /* What a float does not hold of a number. */
 double rest(double number) { return std::isfinite(number) ? number - float(number) : 0; }
 
-/* y and the statistics to save. */
-py::object normalize(const Tensor &x, const Tensor &message, const MaybeTensor &weight, const MaybeTensor &bias, double eps,
-                     bool relu, const MaybeTensor &residual, const MaybeTensor &mean, const MaybeTensor &var,
-                     const MaybeTensor &tracked, double momentum) {
+using Normalized = std::tuple<Tensor, Tensor>; // y and the statistics to save
+std::optional<Normalized> normalize(const Tensor &x, const Tensor &message, const MaybeTensor &weight, const MaybeTensor &bias,
+                                    double eps, bool relu, const MaybeTensor &residual, const MaybeTensor &mean,
+                                    const MaybeTensor &var, const MaybeTensor &tracked, double momentum) {
     for (const MaybeTensor *vector : {&weight, &bias, &mean, &var})
-        if (!is_vector(*vector)) return py::none();
-    if (is_elsewhere(x)) return py::none();
+        if (!is_vector(*vector)) return {};
+    if (is_elsewhere(x)) return {};
     const auto plans = plans_of(x);
     const auto [y, statistics, added] =
         apart([&] { return std::make_tuple(at::empty_like(x), at::empty_like(message), like(residual, x)); });
@@ -262,14 +263,14 @@ py::object normalize(const Tensor &x, const Tensor &message, const MaybeTensor &
             {relu, false}});
     for (const MaybeTensor *moved : {&mean, &var, &tracked})
         if (*moved && !(*moved)->is_inference()) (*moved)->unsafeGetTensorImpl()->bump_version();
-    return py::make_tuple(y, statistics);
+    return Normalized(y, statistics);
 }
 
-/* The message, dγ, dβ, and dy where a ReLU goes by y. */
-py::object gradient_sums(const Tensor &dy, const Tensor &x, const Tensor &statistics, const MaybeTensor &weight,
-                         const MaybeTensor &bias, const MaybeTensor &y, bool relu) {
+using GradientSums = std::tuple<Tensor, Tensor, Tensor, MaybeTensor>; // the message, dγ, dβ, and dy where a ReLU goes by y
+std::optional<GradientSums> gradient_sums(const Tensor &dy, const Tensor &x, const Tensor &statistics, const MaybeTensor &weight,
+                                          const MaybeTensor &bias, const MaybeTensor &y, bool relu) {
     const bool by_x = relu && !y;
-    if (is_elsewhere(x) || (by_x && !(is_vector(weight) && is_vector(bias)))) return py::none();
+    if (is_elsewhere(x) || (by_x && !(is_vector(weight) && is_vector(bias)))) return {};
     const auto plans = plans_of(x);
     const int64_t c = x.size(1);
     const auto wide = statistics.options(), narrow = wide.dtype(at::kFloat); // float64
@@ -286,7 +287,7 @@ py::object gradient_sums(const Tensor &dy, const Tensor &x, const Tensor &statis
             {},
             {by_x}},
            plans->sums.team);
-    return py::make_tuple(message, dweight, dbias, passed);
+    return GradientSums(message, dweight, dbias, passed);
 }
 
 MaybeTensor input_gradient(const Tensor &dy, const Tensor &x, const Tensor &statistics, const MaybeTensor &weight,
@@ -302,9 +303,15 @@ MaybeTensor input_gradient(const Tensor &dy, const Tensor &x, const Tensor &stat
 
 } // namespace
 
+#include "host_node.h"
+
 PYBIND11_MODULE(_host, module) {
-    module.def("use", [](py::object plans, py::object workspace, py::object stream, py::object launch, py::object hooks) {
-        given = new Given{plans, workspace, stream, launch, hooks};
+    name_node();
+    module.def("record", &record);
+    module.def("is_in_order", &is_in_order);
+    module.def("use", [](py::object kernels, py::object plans, py::object workspace, py::object stream, py::object launch,
+                         py::object hooks) {
+        given = new Given{kernels, plans, workspace, stream, launch, hooks};
         kept = new std::remove_pointer_t<decltype(kept)>;
     });
     module.def("takes", &takes);

@@ -1,77 +1,24 @@
 """The functions of triton.py with their host side in C++ (host.cpp), for tensors that a GPU has done with before Python has.
 
-Requirements
-    - the same launches: plans, programs and workspaces are triton.py's, and so is what host.cpp does not know how to do;
-    - a library is of one host.cpp, one release of torch and one of Python, by its name, so that no other is loaded; it is built
-      when a user asks, never while ranks wait.
+Requirements: the same launches; plans, programs and workspaces are triton.py's, and so is what host.cpp does not know to do.
 """
 
-import hashlib
-import importlib.util
-import logging
-import os
-import shlex
-import subprocess
 import sys
-import sysconfig
-from importlib.machinery import ExtensionFileLoader
-from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from . import Affine, GradientSums, Kernels, Running, Saved, keep, plans, triton
+from . import Affine, GradientSums, Kernels, Running, Saved, extension, keep, plans, triton
 from .layout import PLAIN, is_watched
 
-WHAT, INSTEAD = "what `python -m syncbn build` made does not work here", "Python launches the kernels in Triton"
-SOURCE = Path(__file__).with_name("host.cpp")
-DIGEST = hashlib.sha256(SOURCE.read_bytes() if SOURCE.exists() else b"").hexdigest()[:12]
-ENDING = f"-{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
-LIBRARY = Path(__file__).with_name(f"_host-{DIGEST}{ENDING}")
+WHAT, INSTEAD = extension.WHAT, "Python launches the kernels in Triton"
 PROGRAMS = ("moments", "normalize", "gradient_sums", "input_gradient")  # as host.cpp numbers them
-
-
-def build(to: Path) -> Path:
-    """Compile host.cpp for the torch and the Python that run, which takes a quarter of a minute; `to`, the library.
-
-    Raises:
-        RuntimeError: there is no C++ compiler (CXX, or c++), or it failed; what it said is in the message.
-    """
-    root, python = Path(torch.__file__).parent, sysconfig.get_paths()["include"]
-    folders = (root / "include", root / "include/torch/csrc/api/include", python)
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    command = [*compiler, "-O2", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(to)]
-    command += [f"-I{folder}" for folder in folders] + [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise RuntimeError(f"given the C++ compiler {compiler[0]!r}, which cannot be run: {error}") from error
-    if done.returncode:
-        raise RuntimeError(f"the C++ compiler failed: {shlex.join(command)}\n{done.stderr}")
-    return to
-
-
-def load(path: Path = LIBRARY) -> Any:
-    """The library; None if it is not there, or, said in the log, is none."""
-    if not path.exists():
-        return None
-    loader = ExtensionFileLoader("syncbn.kernels._host", str(path))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    except ImportError as error:
-        logging.getLogger("syncbn").warning("%s (%s): %s, with the same results but slower", WHAT, error, INSTEAD)
-        return None
-    use(module)
-    return module
 
 
 def use(module: Any, **others: Any) -> None:
     """Give a library what it calls; `others` in place of some."""
     given = {
+        "kernels": sys.modules[__name__],
         "plans": plans.of,
         "workspace": triton.workspace,
         "stream": triton.stream,
@@ -86,7 +33,9 @@ def _launch(number: int, *given: Any) -> Any:
     return triton.launch(getattr(triton.programs, PROGRAMS[number]), *given)
 
 
-library = load()
+library = extension.library
+if library is not None:
+    use(library)
 
 
 def takes(x: Tensor) -> bool:

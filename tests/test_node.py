@@ -1,0 +1,460 @@
+"""Autograd's node in C++, by `python -m syncbn build`: to the bit what Python's gives, and seen as it by who looks at it."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import batches
+import pytest
+import test_fused
+import torch
+import torch.autograd.forward_ad as forward_ad
+from gpus import needs_cxx
+from test_triton import INTERPRETED, the_interpreter_lacks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncbn
+from syncbn import eager, kernels
+from syncbn.arguments import problem_of
+from syncbn.kernels import Affine, Running, extension, in_triton
+
+pytestmark = needs_cxx
+TESTS = Path(__file__).parent
+BOTH = ("python", "c++")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_layers_by_it_and_its_launches")
+
+
+def run_by_the_library(library, *files, **environment):
+    """What pytest prints of tests in a process, and in the processes of worlds.py, that have the library."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-p", "by_library", *files]
+    there = os.environ | {"PYTHONPATH": str(TESTS), "BY_LIBRARY": str(library)} | environment
+    done = subprocess.run(command, cwd=TESTS.parent, env=there, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_layers_by_it(host_library):
+    """Derivatives of every order, transforms, checkpoints, observers: as by Python's node."""
+    said = run_by_the_library(host_library, *(f"tests/test_{name}.py" for name in ("autograd", "checkpoint", "observers")))
+    *_, calls = (line for line in said.splitlines() if line.startswith("by the library: "))
+    assert int(calls.split()[3]) > 500, calls
+
+
+@pytest.mark.skipif(bool(the_interpreter_lacks()) or in_triton() is None, reason=the_interpreter_lacks() or "needs triton")
+@pytest.mark.timeout(300)
+def test_layers_by_it_and_its_launches(host_library):
+    """Of what it does without Python: values over ranks and of one, and what is said of wrong arguments."""
+    files = ["tests/test_node.py", "tests/test_errors.py", "tests/test_fused.py", "tests/test_layer.py"]
+    chosen = "interpreted or (test_errors and (names or momentum)) or (every_pair and (2 or 3))"
+    said = run_by_the_library(host_library, *files, "-k", chosen, TRITON_INTERPRET="1")
+    assert "skipped" not in said, said
+
+
+@interpreted
+def test_interpreted_values_are_those_of_the_whole_batch():
+    """Forward and backward go to Python where they have to, and nowhere else."""
+    import by_library
+
+    seen = {"eager": 0, "create_graph": 0}
+    for (case, _), form in itertools.product(test_fused.pairs(1), seen):
+        before = dict(by_library.calls)
+        batches.check(case, [test_fused.on_a_rank(0, case, form)])
+        called = [by_library.calls[name] - before[name] for name in before]
+        (x,), _ = batches.make(case)
+        in_place = kernels.pick(x) is in_triton() and case.momentum is not None
+        assert called == [1, not in_place, not in_place or form == "create_graph"], case
+        seen[form] += in_place
+    assert min(seen.values()) > 8
+
+
+class Watching(TorchDispatchMode):
+    """Sees every operator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def elsewhere(value):
+    """The same values, in memory that the programs cannot read."""
+    return batches.lay_out(value, "permuted") if value.dim() > 2 else value
+
+
+def dual(y, x, dy):
+    with forward_ad.dual_level():
+        dx = torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy))[0]
+        return torch.stack(forward_ad.unpack_dual(dx)).detach()
+
+
+def watched(y, x, dy):
+    with Watching():
+        return torch.autograd.grad(y, x, dy)[0]
+
+
+def batched(y, x, dy):
+    return torch.autograd.grad(y, x, torch.stack([dy, 2 * dy]), is_grads_batched=True)[0]
+
+
+def mapped(y, x, dy):
+    return torch.func.vmap(lambda each: torch.autograd.grad(y, x, each, retain_graph=True)[0])(torch.stack([dy, 2 * dy]))
+
+
+BACKWARDS = {
+    "plain": (lambda y, x, dy: torch.autograd.grad(y, x, dy)[0], False),
+    "of a view": (lambda y, x, dy: torch.autograd.grad(y, x, torch._neg_view(-dy))[0], True),
+    "watched": (watched, True),
+    "batched": (batched, True),
+    "mapped": (mapped, True),
+    "dual": (dual, True),
+    "moved": (lambda y, x, dy: torch.autograd.grad(y, x, dy)[0], True),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("kind", BACKWARDS)
+@pytest.mark.parametrize("cls", [syncbn.SyncBatchNorm, syncbn.SyncBatchNormReLU])
+def test_interpreted_backwards_that_need_python_go_there(kind, cls, monkeypatch):
+    import by_library
+
+    found, (run, rare) = [], BACKWARDS[kind]
+    for library in (extension.library, None):
+        monkeypatch.setattr(extension, "library", library)
+        torch.manual_seed(3)
+        x, dy = torch.randn(2, 4, 3, 5).unbind()
+        before = dict(by_library.calls)
+        with torch.autograd.graph.saved_tensors_hooks(elsewhere if kind == "moved" else torch.clone, lambda value: value):
+            y = forced(cls=cls)(x.requires_grad_())
+        found.append(run(y, x, dy))
+        called = [by_library.calls[name] - before[name] for name in before]
+        assert called == ([0, 0, 0] if library is None else [1, 0, int(rare)])
+    assert torch.equal(*found)
+
+
+@interpreted
+def test_interpreted_forwards_that_need_python_go_there(monkeypatch):
+    import by_library
+
+    class Seen:
+        def before(self, call, local):
+            return True
+
+        def after(self, call, local, reduced):
+            """Nothing."""
+
+    x, apart = torch.randn(4, 3, 5), torch.rand(3, 2)[:, 0]
+    mask, layer = torch.ones(4, 5, dtype=torch.bool), forced()
+    layers = {name: forced() for name in ("weight", "bias", "running_mean", "running_var")}
+    for name, one in layers.items():
+        setattr(one, name, nn.Parameter(apart) if name in ("weight", "bias") else apart)
+    for rare, run in (
+        (False, lambda: layer(x)),
+        (False, lambda: forced(affine=False, track_running_stats=False)(x)),
+        (True, lambda: layer(x, mask=mask)),
+        (True, lambda: forced(momentum=None)(x)),
+        *((True, lambda one=one: one(x)) for one in layers.values()),
+    ):
+        before = by_library.calls["forward"]
+        run()
+        assert by_library.calls["forward"] - before == rare
+    moved = layer.running_mean.clone()
+    with syncbn.observing.observe(Seen()):
+        before = by_library.calls["forward"]
+        layer(x)
+    assert by_library.calls["forward"] - before == 1
+    assert torch.equal(layer.running_mean, moved), "held"
+
+
+@pytest.fixture(params=BOTH)
+def node(request, monkeypatch):
+    """What Python's node does, C++'s does too."""
+    library = extension.load(request.getfixturevalue("host_library")) if request.param == "c++" else None
+    monkeypatch.setattr(extension, "library", library)
+    monkeypatch.setattr(kernels, "BY_LIBRARY", True)
+    return request.param
+
+
+def forced(channels=3, cls=syncbn.SyncBatchNorm, **options):
+    layer = cls(channels, **options)
+    layer._force_sync = True
+    return layer
+
+
+def test_its_results_have_the_bits_of_pythons(host_library, monkeypatch):
+    library = extension.load(host_library)
+
+    def step(fused, dtype, wanted, masked):
+        torch.manual_seed(3)
+        x, residual, dy = torch.randn(3, 4, 3, 5).to(dtype)
+        layer = forced(cls=syncbn.SyncBatchNorm if fused == "none" else syncbn.SyncBatchNormReLU)
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+        more = {"residual": residual} if fused == "add relu" else {}
+        leaves = {"x": x, "weight": layer.weight, "bias": layer.bias} | more
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in wanted)
+        y = layer(x, **more, mask=torch.arange(20).view(4, 5) % 3 > 0 if masked else None)
+        assert y.requires_grad == any(name in leaves for name in wanted)
+        if y.requires_grad:
+            y.backward(dy)
+        return [y, layer.running_mean, layer.running_var, *(leaf.grad for leaf in leaves.values())]
+
+    wanted = ["x", "weight", "bias", "residual"]
+    for fused, dtype, masked in itertools.product(batches.FUSED, batches.DTYPES, [False, True]):
+        for chosen in ([], wanted, *([name] for name in wanted)):
+            found = []
+            for monkeypatch_to in (None, library):
+                monkeypatch.setattr(extension, "library", monkeypatch_to)
+                found.append(step(fused, dtype, chosen, masked))
+            assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_its_names(node):
+    y = forced()(torch.randn(4, 3).requires_grad_())
+    assert (y.grad_fn.name(), type(y.grad_fn).__name__) == ("_SyncBatchNormBackward",) * 2
+    edges = [edge and type(edge).__name__ for edge, _ in y.grad_fn.next_functions]
+    assert edges == ["AccumulateGrad"] * 3 + [None] * (len(edges) - 3)
+    assert forced()(torch.randn(4, 3)).requires_grad
+    with torch.no_grad():
+        assert not forced()(torch.randn(4, 3)).requires_grad
+
+
+def test_a_graph_is_kept_or_gone(node):
+    x = torch.randn(4, 3).requires_grad_()
+    y = forced()(x).square().sum()
+    first, again = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+@pytest.mark.parametrize("what", ["x", "weight", "y"])
+def test_what_is_changed_in_place_is_seen(what, node):
+    x, residual = torch.randn(2, 4, 3).unbind()
+    layer = forced(cls=syncbn.SyncBatchNormReLU)
+    y = layer(x, residual)
+    with torch.no_grad():
+        {"x": x, "weight": layer.weight, "y": y}[what].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_hooks_see_what_is_saved_and_what_passes(node):
+    packed, unpacked, passed = [], [], []
+    x, residual = torch.randn(2, 4, 3).unbind()
+    layer = forced(cls=syncbn.SyncBatchNormReLU)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda value: packed.append(value.shape) or value.clone(), lambda value: unpacked.append(value.shape) or value
+    )
+    with hooks:
+        y = layer(x.requires_grad_(), residual)
+    y.grad_fn.register_prehook(lambda given: passed.append([value.shape for value in given]))
+    y.grad_fn.register_hook(lambda made, given: passed.append([value is None or tuple(value.shape) for value in made][:4]))
+    y.sum().backward()
+    assert packed == unpacked == [(4, 3), (7,), (3,), (4, 3)]
+    assert passed == [[(4, 3)], [(4, 3), (3,), (3,), True]]
+
+
+def test_a_gradient_that_is_none_is_zero(node):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    x = torch.randn(4, 3).requires_grad_()
+    layer = forced()
+    layer(Stop.apply(layer(x))).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(4, 3))
+
+
+class BrokenError(Exception):
+    """Of a collective."""
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_what_a_collective_raises_is_raised(phase, node, monkeypatch):
+    class Fails:
+        def before(self, call, local):
+            if call.phase == phase:
+                raise BrokenError(call.phase)
+
+        def after(self, call, local, reduced):
+            """Nothing."""
+
+        def failed(self, call, error):
+            """Nothing."""
+
+    layer, x = forced(), torch.randn(4, 3).requires_grad_()
+    with syncbn.observing.observe(Fails()), pytest.raises(BrokenError, match=phase):
+        layer(x).sum().backward()
+
+
+def test_what_is_raised_in_another_thread_is_raised(node, monkeypatch):
+    """Of backwards in backwards, torch runs those beyond its 60th in threads of its own."""
+    layer = forced()
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, depth):
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.add(threading.get_ident())
+            with torch.enable_grad():
+                x = dy.detach().requires_grad_()
+                y = Nested.apply(x, ctx.depth - 1) if ctx.depth else layer(x)
+            y.backward(torch.ones_like(y))
+            return dy, None
+
+    def fails(*given):
+        raise BrokenError("deep")
+
+    seen: set[int] = set()
+
+    monkeypatch.setattr(kernels.composed(), "gradient_sums", fails)
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    with pytest.raises(BrokenError, match="deep"):
+        Nested.apply(torch.randn(4, 3).requires_grad_(), 70).sum().backward()
+    assert len(seen) > 1
+
+
+def test_nothing_outlives_a_step(node):
+    layer, x = forced(), torch.randn(4, 3).requires_grad_()
+    counts = []
+    for _ in range(3):
+        for _ in range(200):
+            layer(x * 1).sum().backward()
+            layer(x * 1)  # a graph that is dropped
+        gc.collect()
+        counts.append([sys.getrefcount(None), sys.getrefcount(eager.FUNCTIONS), sys.getallocatedblocks()])
+    assert all(abs(late - early) < 100 for early, late in zip(*counts[-2:], strict=True)), counts
+    group = SimpleNamespace()
+    inner = x * 1
+    y = layer(inner)
+    gone = [weakref.ref(inner), weakref.ref(y)]
+    del inner
+    assert gone[0]() is not None, "which the graph holds"
+    y.sum().backward()
+    assert gone[0]() is None
+    del y, group
+    assert gone[1]() is None
+
+
+def test_a_deep_graph_goes(node):
+    layer, y = forced(), torch.randn(4, 3).requires_grad_()
+    for _ in range(20_000):
+        y = layer(y)
+    del y
+    gc.collect()
+
+
+def test_several_threads(node):
+    xs = torch.randn(4, 6, 3)
+    layers = [forced() for _ in xs]
+    expected = [
+        torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+        for x, layer in zip(xs, layers, strict=True)
+    ]
+    wrong = []
+
+    def work(x, layer, dx):
+        for _ in range(200):
+            leaf = x.clone().requires_grad_()
+            layer(leaf).square().sum().backward()
+            if not torch.equal(leaf.grad, dx):
+                wrong.append(leaf.grad)
+
+    threads = [threading.Thread(target=work, args=given) for given in zip(xs, layers, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_gradient_that_is_not_asked_for_is_not_computed(node, monkeypatch):
+    asked = []
+    for name in ("input_gradient", "gradient_sums"):
+        call = getattr(kernels.composed(), name)
+        monkeypatch.setattr(kernels.composed(), name, lambda *given, name=name, call=call: asked.append(name) or call(*given))
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    layer, x = forced(), torch.randn(4, 3)
+    layer(x).sum().backward()
+    assert asked == ["gradient_sums"]
+    asked.clear()
+    torch.autograd.grad(layer(x.requires_grad_()).sum(), layer.weight)
+    assert asked == ["gradient_sums"] + ["input_gradient"] * (node == "python")  # which knows what requires a gradient
+
+
+def test_compiled_autograd_is_told_what_to_do(node):
+    from torch._dynamo import compiled_autograd
+
+    layer, x = forced(), torch.randn(4, 3).requires_grad_()
+    y = layer(x).square().sum()
+    with compiled_autograd._enable(lambda graph: graph):
+        if node == "c++":
+            with pytest.raises(NotImplementedError, match=r"syncbn\.kernels\.BY_LIBRARY = False before the forward"):
+                y.backward()
+
+
+def test_what_is_in_order_is_in_order(host_library):
+    """Where C++ finds nothing wrong Python finds nothing wrong, and where nothing is rare it does."""
+    is_in_order = extension.load(host_library).is_in_order
+    x = torch.randn(4, 3, 2)
+    fits = torch.zeros(3)
+    others = [None, torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), torch.zeros(3, device="meta"), 1.5]
+    counted, elsewhere = torch.tensor(0), torch.zeros((), device="meta", dtype=torch.int64)
+    runnings = [
+        None,
+        *(
+            Running(*(fits,) * 2, tracked, momentum)
+            for tracked in (None, counted, elsewhere, 3)
+            for momentum in (0.1, None, 1, "0.1")
+        ),
+    ]
+    runnings += [Running(fits, value, counted, 0.1) for value in others] + [
+        Running(value, fits, counted, 0.1) for value in others
+    ]
+    inputs = [
+        x,
+        x.double(),
+        x.half(),
+        x.bfloat16(),
+        x.long(),
+        x[0, 0],
+        x[:, :2],
+        x[:0],
+        x.to("meta"),
+        x.to_sparse(),
+        x.tolist(),
+    ]
+    inputs += [torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged), torch.randn(4, 3, dtype=torch.complex64)]
+    found = set()
+    for value, one, other in itertools.product(inputs, [fits, *others], [fits, *others]):
+        for running, eps, channels in itertools.product(runnings, [1e-5, -1.0, 1, float("nan")], [3, 5, None]):
+            affine = Affine(one, other, eps)
+            known = is_in_order(value, affine, running, channels)
+            if not known:
+                continue
+            found.add((value.dtype, value.shape))
+            assert problem_of(value, affine, running, channels) is None
+    assert len(found) == 6
+    for running in (None, Running(fits, fits, counted, 0.1), Running(fits, fits, None, None)):
+        for affine in (Affine(fits, fits, 1e-5), Affine(None, None, 0.0, True), Affine(nn.Parameter(fits), None, 1e-5)):
+            for value in (x, x.half(), x[:0], x[:, :, :0], x.flatten(1)[:, :3], x.transpose(0, 2)):
+                assert is_in_order(value, affine, running, 3)
+                assert not is_in_order(value, affine, running, 4) or running or affine.weight is not None
