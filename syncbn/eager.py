@@ -114,10 +114,11 @@ def normalize(x: Tensor, rest: Rest) -> Tensor:
     affine, running, call, _, mask = rest
     if differentiable.wanted():
         return strided_as(x, differentiable.batch_norm(x, affine, running, call, mask))
-    library = kernels.by_library()
-    if library is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return _SyncBatchNorm.apply(x, affine.weight, affine.bias, affine.residual, rest)
     weight, bias, _, _, residual = affine
+    library = kernels.by_library()
+    # Of an observed call, which knows its layer, Python's collector of garbage has to see the node: a layer may keep its y.
+    if library is None or call.forward is not None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return _SyncBatchNorm.apply(x, weight, bias, residual, rest)
     return library.record(FUNCTIONS, x, weight, bias, residual, rest, kernels.pick(x))
 
 

@@ -141,8 +141,8 @@ Made forward(py::handle functions, const Tensor &x, py::handle rest, py::handle 
 std::optional<Made> forward_in_place(py::handle functions, const Tensor &x, const Inputs &inputs, py::handle rest,
                                      py::handle compute) {
     const py::handle affine = item(rest, 0), running = item(rest, 1), call = item(rest, 2), observers = item(rest, 3);
-    const bool is_observed = PyTuple_GET_SIZE(observers.ptr()) || !item(call, 6).is_none(), is_masked = !item(rest, 4).is_none();
-    if (!given || !compute.is(given->kernels) || is_observed || is_masked || is_elsewhere(x)) return {};
+    const bool is_masked = !item(rest, 4).is_none();
+    if (!given || !compute.is(given->kernels) || is_masked || is_elsewhere(x)) return {};
     const auto &[_, weight, bias, residual] = inputs;
     MaybeTensor mean, var, tracked;
     double momentum = 0;
