@@ -1,11 +1,12 @@
-"""What the host does for a step of the GPU's kernels, without a GPU: by Python, and by C++ (`python -m syncbn build`).
+"""What a step of small tensors waits for: by Python, and by C++ (`python -m syncbn build`); the GPU's kernels without a GPU.
 
     python benchmarks/host.py [--repeats 31]
 
-Eight layers in a row, forward and backward, of tensors of 8 kB in the memory of the CPU. A launch is a function that does
-nothing: what Triton and the driver take for each of the four is not in the times, nor what choosing and asking a device takes.
-Torch's local batch norm computes, by the kernels of the CPU: a ratio over it says nothing of a GPU. Alone, and in a world of
-eight ranks without communication. Prints, and appends rows to results/host.csv.
+Eight layers in a row, forward and backward, of tensors of 8 kB in the memory of the CPU. Of a GPU's kernels ("python", "c++") a
+launch is a function that does nothing: what Triton and the driver take for each of the four is not in the times, nor what
+choosing and asking a device takes. The CPU's ("cpu, python", "cpu, c++") compute, and so does torch's local batch norm: a ratio
+over it says nothing of a GPU. Alone, and in a world of eight ranks without communication. Prints, and appends rows to
+results/host.csv.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from syncbn import kernels
 from syncbn.bench import peers, rows
 from syncbn.bench.fake_world import fake_world
 from syncbn.bench.timing import interleaved, microseconds, quartiles, ratio
-from syncbn.kernels import extension, host, triton
+from syncbn.kernels import cpu, extension, host, triton
 
 LAYERS, STEPS = 8, 50
 SHAPE = (2, 16, 8, 8)
@@ -74,15 +75,18 @@ def main() -> int:
                 "torch": row_of(lambda: nn.BatchNorm2d(SHAPE[1]), None),
                 "python": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), triton),
                 "c++": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), host, library),
+                "cpu, python": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), cpu),
+                "cpu, c++": row_of(lambda: peers.forced(nn.BatchNorm2d(SHAPE[1])), cpu, library),
             }
             taken = interleaved(runs, options.repeats, torch.device("cpu"), warm_up=2)
         for name, times in taken.items():
             each = [seconds / (STEPS * LAYERS) for seconds in times]
-            over = {base: ratio(times, taken[base]).median for base in ("torch", "python")}
+            by_python = "cpu, python" if name.startswith("cpu") else "python"
+            over = {"torch": ratio(times, taken["torch"]).median, "python": ratio(times, taken[by_python]).median}
             row = {"variant": name, "ranks": ranks, "shape": "x".join(map(str, SHAPE)), **microseconds(quartiles(each))}
             measured.append(row | {f"over_{base}": round(value, 3) for base, value in over.items()})
             print(
-                f"{ranks} ranks, {name:7}: {1e6 * statistics.median(each):6.1f} microseconds a layer, {over['torch']:.2f} of "
+                f"{ranks} ranks, {name:11}: {1e6 * statistics.median(each):6.1f} microseconds a layer, {over['torch']:.2f} of "
                 f"torch's local batch norm, {over['python']:.2f} of ours by Python"
             )
     print(rows.said(rows.append("host", measured)))

@@ -52,7 +52,8 @@ def backward(dy: Tensor, tensors: Tensors, kept: Kept, needs_dx: bool, needs_dre
     assert x is not None
     assert statistics is not None
     relu, eps, bias_dtype, call, observers, composed = kept
-    saved, call = Saved(statistics, weight, bias, y, relu), call.backward()
+    # A hook of saved tensors may have laid out the statistics otherwise, which kernels read by their address.
+    saved, call = Saved(statistics.contiguous(), weight, bias, y, relu), call.backward()
     dx: Tensor | None
     dresidual: Tensor | None
     if differentiable.wanted_backward(dy):

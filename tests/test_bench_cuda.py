@@ -5,6 +5,7 @@ import csv
 import functools
 import math
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -89,6 +90,14 @@ def test_the_kernels_of_a_variant_are_forced(monkeypatch):
             seen[name] = kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY
     assert seen == {"syncbn": (0, False), "syncbn-host": (0, True), "syncbn-aten": (math.inf, False), "torch": (7.0, True)}
     assert (kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY) == (7.0, True)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_was_not_built_is_not_run(there, monkeypatch, capsys):
+    monkeypatch.setattr(kernels.extension, "library", object() if there else None)
+    monkeypatch.setattr(kernels, "compiled", lambda: SimpleNamespace(takes=lambda x: True))
+    assert peers.runnable(["syncbn-host"], CPU) == ["torch"] + ["syncbn-host"] * there
+    assert ("`python -m syncbn build` did not build it here" in capsys.readouterr().err) == (not there)
 
 
 def test_the_copy_moves_the_bytes_of_the_passes():

@@ -12,6 +12,7 @@ from pathlib import Path
 import batches
 import pytest
 import test_fused
+import tolerance
 import torch
 import torch.autograd.forward_ad as forward_ad
 from gpus import needs_cxx
@@ -83,7 +84,7 @@ class Watching(TorchDispatchMode):
 
 def elsewhere(value):
     """The same values, in memory that the programs cannot read."""
-    return batches.lay_out(value, "permuted") if value.dim() > 2 else value
+    return torch.stack([value, value + 1], -1)[..., 0]
 
 
 def dual(y, x, dy):
@@ -105,14 +106,23 @@ def mapped(y, x, dy):
     return torch.func.vmap(lambda each: torch.autograd.grad(y, x, each, retain_graph=True)[0])(torch.stack([dy, 2 * dy]))
 
 
+def inside(y, x, dy):
+    """Of a transform, with nothing that it batches."""
+    one = torch.func.vmap(lambda factor: torch.autograd.grad(y, x, dy, retain_graph=True)[0] * factor)
+    return one(torch.tensor([1.0, 2.0]))
+
+
 BACKWARDS = {
     "plain": (lambda y, x, dy: torch.autograd.grad(y, x, dy)[0], False),
     "of a view": (lambda y, x, dy: torch.autograd.grad(y, x, torch._neg_view(-dy))[0], True),
     "watched": (watched, True),
     "batched": (batched, True),
     "mapped": (mapped, True),
+    "inside": (inside, True),
     "dual": (dual, True),
     "moved": (lambda y, x, dy: torch.autograd.grad(y, x, dy)[0], True),
+    "weight moved": (lambda y, x, dy: torch.autograd.grad(y, x, dy)[0], True),
+    "statistics moved": (lambda y, x, dy: torch.autograd.grad(y, x, dy)[0], True),
 }
 
 
@@ -122,18 +132,29 @@ BACKWARDS = {
 def test_interpreted_backwards_that_need_python_go_there(kind, cls, monkeypatch):
     import by_library
 
-    found, (run, rare) = [], BACKWARDS[kind]
+    found, packed, (run, rare) = [], [], BACKWARDS[kind]
+    moved = {"moved": (4, 3, 5), "weight moved": (3,), "statistics moved": (7,)}
+
+    def pack(value):
+        packed[-1].append(value.shape)
+        return elsewhere(value) if value.shape == moved.get(kind) else value
+
     for library in (extension.library, None):
         monkeypatch.setattr(extension, "library", library)
         torch.manual_seed(3)
         x, dy = torch.randn(2, 4, 3, 5).unbind()
         before = dict(by_library.calls)
-        with torch.autograd.graph.saved_tensors_hooks(elsewhere if kind == "moved" else torch.clone, lambda value: value):
+        packed.append([])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             y = forced(cls=cls)(x.requires_grad_())
         found.append(run(y, x, dy))
         called = [by_library.calls[name] - before[name] for name in before]
         assert called == ([0, 0, 0] if library is None else [1, 0, int(rare)])
     assert torch.equal(*found)
+    assert packed[0] == packed[1]
+    if kind.endswith("moved"):
+        y = forced(cls=cls)(x)
+        tolerance.assert_near(found[0], torch.autograd.grad(y, x, dy)[0].double(), relative=1e-5)
 
 
 @interpreted
@@ -252,6 +273,25 @@ def test_hooks_see_what_is_saved_and_what_passes(node):
     y.sum().backward()
     assert packed == unpacked == [(4, 3), (7,), (3,), (4, 3)]
     assert passed == [[(4, 3)], [(4, 3), (3,), (3,), True]]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("form", batches.FUSED)
+def test_hooks_may_lay_out_what_is_saved_otherwise(form, compiled, node, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", lambda: None)
+    torch.manual_seed(3)
+    x, residual, dy = torch.randn(3, 4, 3, 5).unbind()
+    layer = forced(cls=syncbn.SyncBatchNorm if form == "none" else syncbn.SyncBatchNormReLU)
+    leaves = [x.requires_grad_(), layer.weight, layer.bias]
+    found = []
+    for pack in (lambda value: value, elsewhere, lambda value: elsewhere(value) if value.dim() == 1 else value):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            y = layer(x, residual) if form == "add relu" else layer(x)
+        found.append(torch.autograd.grad(y, leaves, dy))
+    for name, one, *others in zip(("dx", "dweight", "dbias"), *found, strict=True):
+        for other in others:
+            tolerance.assert_near(other, one, name, relative=1e-5)
 
 
 @pytest.mark.parametrize("which", ["pack", "unpack"])
@@ -377,11 +417,14 @@ def test_nothing_outlives_a_step(node):
 
 
 def test_a_deep_graph_goes(node):
-    layer, y = forced(), torch.randn(4, 3).requires_grad_()
+    layer = forced()
+    y = layer(torch.randn(4, 3).requires_grad_())
+    gone = weakref.ref(y)
     for _ in range(20_000):
         y = layer(y)
+    assert gone() is not None
     del y
-    gc.collect()
+    assert gone() is None
 
 
 def test_several_threads(node):

@@ -27,7 +27,6 @@ constexpr const char *NAME = "_SyncBatchNormBackward";
 py::handle item(py::handle of, int place) { return PyTuple_GET_ITEM(of.ptr(), place); }
 Tensor tensor(py::handle given) { return given.is_none() ? Tensor() : given.cast<Tensor>(); }
 MaybeTensor maybe(const Tensor &value) { return value.defined() ? MaybeTensor(value) : MaybeTensor(); }
-Tensor as(const Tensor &value, at::ScalarType dtype) { return value.scalar_type() == dtype ? value : value.to(dtype); }
 
 /* An object that a node keeps, which may outlive Python. */
 struct Object : c10::SafePyObject {
@@ -55,7 +54,6 @@ bool is_unwatched(const Tensor &dy) {
 struct Recorded : torch::autograd::Node {
     const Object functions, kept; // eager.py's
     const bool in_place; // forward was
-    at::ScalarType dtype_of_bias = at::kFloat;
     std::array<SavedVariable, SAVED> saved;
 
     Recorded(py::object functions, py::object kept, bool in_place)
@@ -94,7 +92,8 @@ struct Recorded : torch::autograd::Node {
     std::optional<variable_list> backward_in_place(const Tensor &dy, const Tensors &tensors) {
         const Tensor &x = tensors[0], &statistics = tensors[1];
         const MaybeTensor weight = maybe(tensors[2]), bias = maybe(tensors[3]), y = maybe(tensors[4]);
-        if (!in_place || !is_unwatched(dy) || !takes(x) || is_elsewhere(x) || !is_vector(weight) || !is_vector(bias)) return {};
+        if (!in_place || !is_unwatched(dy) || !takes(x) || is_elsewhere(x)) return {};
+        if (!is_vector(statistics) || !is_vector(weight) || !is_vector(bias)) return {};
         const py::handle relu = item(kept.get(), 0), bias_dtype = item(kept.get(), 2), call = item(kept.get(), 3);
         const bool by_x = relu.cast<bool>() && !y;
         const auto [sums, dweight, dbias, passed] = gradient_sums(dy, x, statistics, weight, bias, y, by_x).value();
@@ -102,8 +101,8 @@ struct Recorded : torch::autograd::Node {
         variable_list found(INPUTS);
         if (task_should_compute_output(0))
             found[0] = input_gradient(passed ? *passed : dy, x, statistics, weight, bias, by_x, message).value();
-        if (weight) found[1] = as(dweight, weight->scalar_type());
-        if (!bias_dtype.is_none()) found[2] = as(dbias, dtype_of_bias);
+        if (weight) found[1] = dweight; // autograd gives it the dtype of the parameter
+        if (!bias_dtype.is_none()) found[2] = dbias;
         if (passed && task_should_compute_output(3)) found[3] = *passed;
         return found;
     }
@@ -178,7 +177,6 @@ py::object record(py::object functions, const Tensor &x, const MaybeTensor &weig
     if (!wanted) return made.y;
     const auto node = new Recorded(functions, made.kept, made.in_place);
     const auto held = hold<decltype(torch::autograd::Edge::function)>(node);
-    if (bias) node->dtype_of_bias = bias->scalar_type();
     node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias, residual));
     const Tensor y = made.y.cast<Tensor>();
     torch::autograd::set_history(y, held);
