@@ -44,7 +44,7 @@ def forward(x: Tensor, rest: Rest, compute: Kernels) -> tuple[Tensor, Tensors, K
 
 
 def backward(dy: Tensor, tensors: Tensors, kept: Kept, needs_dx: bool, needs_dresidual: bool) -> Tensors:
-    """Gradient sums, all_reduce, input gradient: dx, dγ, dβ and the gradient of the residual.
+    """Gradient sums, all_reduce, input gradient: dx, dγ, dβ, the gradient of the residual, and none of what is no tensor.
 
     Differentiable again: with create_graph=True backward goes by the equations, and so do many gradients at once.
     """
@@ -71,6 +71,7 @@ def backward(dy: Tensor, tensors: Tensors, kept: Kept, needs_dx: bool, needs_dre
         None if weight is None else _as(dweight, weight.dtype),
         None if bias_dtype is None else _as(dbias, bias_dtype),
         dresidual if needs_dresidual else None,
+        None,
     )
 
 
@@ -107,7 +108,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        return *backward(dy, ctx.saved_tensors, ctx.kept, needs[0], needs[3]), None
+        return backward(dy, ctx.saved_tensors, ctx.kept, needs[0], needs[3])
 
 
 def normalize(x: Tensor, rest: Rest) -> Tensor:
@@ -117,10 +118,16 @@ def normalize(x: Tensor, rest: Rest) -> Tensor:
         return strided_as(x, differentiable.batch_norm(x, affine, running, call, mask))
     weight, bias, _, _, residual = affine
     library = kernels.by_library()
-    # Of an observed call, which knows its layer, Python's collector of garbage has to see the node: a layer may keep its y.
-    if library is None or call.forward is not None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if library is None or _is_for_python(x, call):
         return _SyncBatchNorm.apply(x, weight, bias, residual, rest)
     return library.record(FUNCTIONS, x, weight, bias, residual, rest, kernels.pick(x))
+
+
+def _is_for_python(x: Tensor, call: Call) -> bool:
+    """Whether the node has to be Python's, where there is another."""
+    if call.forward is not None:  # it knows its layer, which may keep its y: Python's collector of garbage has to see the node
+        return True
+    return torch._C._get_tracing_state() is not None or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def strided_as(x: Tensor, y: Tensor) -> Tensor:

@@ -202,6 +202,8 @@ def local(
 ) -> Tensor:
     """F.batch_norm by the mean and variance given, or by those of x alone; 0 where the mask is false."""
     problem = residual_problem(x, affine.residual) or mask_problem(x, mask)
+    if problem is None and by_batch and mask is not None:  # else it is for torch's operator to say
+        problem = problem_of(x, affine, None, None)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(layer)})")
     if mask is None:

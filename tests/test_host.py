@@ -438,6 +438,8 @@ def compiler(host_library, tmp_path, monkeypatch):
     [
         ("no-such-compiler -m64", "given the C++ compiler 'no-such-compiler', which cannot be run"),
         ("false -x", "failed: false -x -O2"),
+        ("true", "failed: true -O2"),
+        ("'c++", 'given CXX="\'c++": No closing quotation; expected a C++ compiler and its options'),
     ],
 )
 def test_what_a_compiler_says_is_said(command, said, compiler, monkeypatch, capsys):

@@ -338,6 +338,15 @@ BAD = [
 ]
 
 
+def test_a_batch_of_integers_is_named_in_eval_mode_too():
+    layer = layer_for(torch.float32).eval()
+    layer.running_mean = layer.running_var = None
+    with pytest.raises(
+        TypeError, match=r"given input of torch.int32; expected float16.* \(layer 'SyncBatchNorm1d\(5\)', rank 0"
+    ):
+        layer(torch.ones(2, C, 3, dtype=torch.int32), torch.ones(2, 3).bool())
+
+
 @pytest.mark.parametrize(("bad", "training"), list(itertools.product(range(len(BAD)), (True, False))))
 def test_bad_masks_are_named(bad, training):
     mask, kind, message = BAD[bad]

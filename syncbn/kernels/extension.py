@@ -9,8 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import os
-import sysconfig
-from importlib.machinery import ExtensionFileLoader
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 WHAT = "what `python -m syncbn build` made does not work here"
 SOURCES = [Path(__file__).with_name(name) for name in ("host.cpp", "host_node.h")]
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES if path.exists())).hexdigest()[:12]
-ENDING = f"-{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
+ENDING = f"-{torch.__version__}{EXTENSION_SUFFIXES[0]}"
 LIBRARY = Path(__file__).with_name(f"_host-{DIGEST}{ENDING}")
 
 
@@ -31,17 +30,21 @@ def build(to: Path) -> Path:
     """
     import shlex
     import subprocess
+    import sysconfig
 
     root, python = Path(torch.__file__).parent, sysconfig.get_paths()["include"]
     folders = (root / "include", root / "include/torch/csrc/api/include", python)
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise RuntimeError(f"given CXX={os.environ['CXX']!r}: {error}; expected a C++ compiler and its options") from None
     command = [*compiler, "-O2", "-std=c++20", "-shared", "-fPIC", str(SOURCES[0]), "-o", str(to)]
     command += [f"-I{folder}" for folder in folders] + [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise RuntimeError(f"given the C++ compiler {compiler[0]!r}, which cannot be run: {error}") from error
-    if done.returncode:
+    if done.returncode or not to.exists():
         raise RuntimeError(f"the C++ compiler failed: {shlex.join(command)}\n{done.stderr}")
     return to
 
@@ -59,6 +62,7 @@ def load(path: Path = LIBRARY) -> Any:
     except ImportError as error:
         logging.getLogger("syncbn").warning("%s (%s): Python takes its place, with the same results but slower", WHAT, error)
         return None
+    torch.autograd.graph.Node.register(module.Node)
     return module
 
 

@@ -306,7 +306,7 @@ MaybeTensor input_gradient(const Tensor &dy, const Tensor &x, const Tensor &stat
 #include "host_node.h"
 
 PYBIND11_MODULE(_host, module) {
-    name_node();
+    module.attr("Node") = node_class();
     module.def("record", &record);
     module.def("is_in_order", &is_in_order);
     module.def("use", [](py::object kernels, py::object plans, py::object workspace, py::object stream, py::object launch,

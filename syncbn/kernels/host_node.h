@@ -4,6 +4,8 @@
      - the same as by torch.autograd.Function for who looks at the graph: names, hooks, what is saved, what is raised;
      - what is not known to be in order is left to arguments.py, which finds the words for what is wrong. */
 
+#include <ATen/SequenceNumber.h>
+#include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/SafePyObject.h>
 #include <torch/csrc/Exceptions.h>
@@ -18,10 +20,11 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-constexpr size_t INPUTS = 4, SAVED = 6; // x, weight, bias, residual; what autograd keeps of eager.py's Tensors
+enum Input { X, WEIGHT, BIAS, RESIDUAL };
+constexpr size_t INPUTS = 4, SAVED = 6; // the second of eager.py's Tensors
 using Inputs = std::array<MaybeTensor, INPUTS>;
 using Tensors = std::array<Tensor, SAVED>;
-constexpr const char *NAME = "_SyncBatchNormBackward";
+constexpr const char *FORWARD_NAME = "_SyncBatchNorm", *NAME = "_SyncBatchNormBackward"; // of torch.autograd.Function
 
 /* A NamedTuple's, or a tuple's. */
 py::handle item(py::handle of, int place) { return PyTuple_GET_ITEM(of.ptr(), place); }
@@ -53,11 +56,18 @@ bool is_unwatched(const Tensor &dy) {
 
 struct Recorded : torch::autograd::Node {
     const Object functions, kept; // eager.py's
-    const bool in_place; // forward was
+    const bool in_place;           // forward was
+    std::array<int, INPUTS> edges; // what is None has none
     std::array<SavedVariable, SAVED> saved;
 
-    Recorded(py::object functions, py::object kept, bool in_place)
-        : functions(std::move(functions)), kept(std::move(kept)), in_place(in_place) {}
+    Recorded(py::object functions, py::object kept, bool in_place, const Inputs &inputs)
+        : functions(std::move(functions)), kept(std::move(kept)), in_place(in_place) {
+        for (size_t i = 0; i < INPUTS; ++i) {
+            edges[i] = inputs[i] ? int(num_outputs()) : NONE;
+            if (inputs[i]) add_next_edge(torch::autograd::impl::gradient_edge(*inputs[i]));
+        }
+    }
+    bool is_wanted(Input input) const { return edges[input] != NONE && task_should_compute_output(edges[input]); }
     std::string name() const override { return NAME; }
     void release_variables() override {
         const py::gil_scoped_acquire alone;
@@ -71,7 +81,11 @@ struct Recorded : torch::autograd::Node {
         for (size_t i = 0; i < SAVED; ++i) tensors[i] = saved[i].unpack(getptr());
         try {
             auto found = backward_in_place(dy, tensors);
-            return found ? *found : backward(dy, tensors);
+            if (!found) found = backward(dy, tensors);
+            variable_list passed(num_outputs());
+            for (size_t i = 0; i < INPUTS; ++i)
+                if (edges[i] != NONE) passed[edges[i]] = (*found)[i];
+            return passed;
         } catch (py::error_already_set &error) { // as Python's own nodes do, for the thread that called
             error.restore();
             python_error raised;
@@ -79,31 +93,28 @@ struct Recorded : torch::autograd::Node {
             throw std::move(raised);
         }
     }
-    variable_list backward(const Tensor &dy, const Tensors &tensors) {
+    /* The gradients of the inputs. */
+    std::array<Tensor, INPUTS> backward(const Tensor &dy, const Tensors &tensors) {
         py::tuple given(SAVED);
         for (size_t i = 0; i < SAVED; ++i) given[i] = maybe(tensors[i]);
-        const py::tuple made = item(functions.get(), BACKWARD)(dy, given, kept.get(), task_should_compute_output(0),
-                                                               task_should_compute_output(3));
-        variable_list found(INPUTS);
+        const py::tuple made = item(functions.get(), BACKWARD)(dy, given, kept.get(), is_wanted(X), is_wanted(RESIDUAL));
+        std::array<Tensor, INPUTS> found;
         for (size_t i = 0; i < INPUTS; ++i) found[i] = tensor(made[i]);
         return found;
     }
     /* The same without Python, where it is needed for the collective alone. */
-    std::optional<variable_list> backward_in_place(const Tensor &dy, const Tensors &tensors) {
+    std::optional<std::array<Tensor, INPUTS>> backward_in_place(const Tensor &dy, const Tensors &tensors) {
         const Tensor &x = tensors[0], &statistics = tensors[1];
         const MaybeTensor weight = maybe(tensors[2]), bias = maybe(tensors[3]), y = maybe(tensors[4]);
         if (!in_place || !is_unwatched(dy) || !takes(x) || is_elsewhere(x)) return {};
         if (!is_vector(statistics) || !is_vector(weight) || !is_vector(bias)) return {};
-        const py::handle relu = item(kept.get(), 0), bias_dtype = item(kept.get(), 2), call = item(kept.get(), 3);
+        const py::handle relu = item(kept.get(), 0), call = item(kept.get(), 3);
         const bool by_x = relu.cast<bool>() && !y;
         const auto [sums, dweight, dbias, passed] = gradient_sums(dy, x, statistics, weight, bias, y, by_x).value();
         const auto [message, _] = all_reduce(functions.get(), sums, call.attr("backward")(), item(kept.get(), 4));
-        variable_list found(INPUTS);
-        if (task_should_compute_output(0))
-            found[0] = input_gradient(passed ? *passed : dy, x, statistics, weight, bias, by_x, message).value();
-        if (weight) found[1] = dweight; // autograd gives it the dtype of the parameter
-        if (!bias_dtype.is_none()) found[2] = dbias;
-        if (passed && task_should_compute_output(3)) found[3] = *passed;
+        std::array<Tensor, INPUTS> found{Tensor(), dweight, dbias}; // autograd gives them the dtype of the parameter
+        if (is_wanted(X)) found[X] = input_gradient(passed ? *passed : dy, x, statistics, weight, bias, by_x, message).value();
+        if (passed && is_wanted(RESIDUAL)) found[RESIDUAL] = *passed;
         return found;
     }
     void compiled_args(torch::dynamo::autograd::CompiledNodeArgs &) const override {
@@ -168,6 +179,7 @@ std::optional<Made> forward_in_place(py::handle functions, const Tensor &x, cons
 py::object record(py::object functions, const Tensor &x, const MaybeTensor &weight, const MaybeTensor &bias,
                   const MaybeTensor &residual, py::handle rest, py::handle compute) {
     const Inputs inputs{x, weight, bias, residual};
+    RECORD_FUNCTION(FORWARD_NAME, c10::ArrayRef<const c10::IValue>{}, at::sequence_number::peek());
     const bool wanted = torch::autograd::compute_requires_grad(x, weight, bias, residual);
     const Made made = [&] {
         const at::NoGradGuard apart;
@@ -175,9 +187,8 @@ py::object record(py::object functions, const Tensor &x, const MaybeTensor &weig
         return found ? *found : forward(functions, x, rest, compute);
     }();
     if (!wanted) return made.y;
-    const auto node = new Recorded(functions, made.kept, made.in_place);
+    const auto node = new Recorded(functions, made.kept, made.in_place, inputs);
     const auto held = hold<decltype(torch::autograd::Edge::function)>(node);
-    node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias, residual));
     const Tensor y = made.y.cast<Tensor>();
     torch::autograd::set_history(y, held);
     for (size_t i = 0; i < SAVED; ++i)
@@ -196,7 +207,8 @@ bool is_number(PyObject *value) { return PyFloat_CheckExact(value); }
 bool is_in_order(py::handle given_x, py::handle affine, py::handle running, py::handle channels) {
     if (!THPVariable_Check(given_x.ptr())) return false;
     const Tensor &x = THPVariable_Unpack(given_x.ptr());
-    if (x.layout() != at::kStrided || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
+    const auto is_symbolic = [](const Tensor &value) { return value.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); };
+    if (x.layout() != at::kStrided || is_symbolic(x)) return false;
     if (x.is_nested() || x.dim() < 2 || !is_floating(x)) return false;
     bool any = false;
     const auto fits = [&](PyObject *value) {
@@ -204,7 +216,7 @@ bool is_in_order(py::handle given_x, py::handle affine, py::handle running, py::
         if (!THPVariable_Check(value)) return false;
         const Tensor &vector = THPVariable_Unpack(value);
         any = true;
-        return vector.dim() == 1 && vector.numel() == x.size(1) && vector.device() == x.device() && is_floating(vector);
+        return !is_symbolic(vector) && vector.dim() == 1 && vector.numel() == x.size(1) && vector.device() == x.device() && is_floating(vector);
     };
     PyObject *eps = PyTuple_GET_ITEM(affine.ptr(), 2);
     if (!is_number(eps) || PyFloat_AS_DOUBLE(eps) < 0) return false;
@@ -215,14 +227,15 @@ bool is_in_order(py::handle given_x, py::handle affine, py::handle running, py::
         if (tracked != Py_None && !(THPVariable_Check(tracked) && THPVariable_Unpack(tracked).device() == x.device())) return false;
         if (momentum != Py_None && !is_number(momentum)) return false;
     }
-    return any || channels.is_none() || channels.cast<int64_t>() == x.size(1);
+    return any || channels.is_none() || (PyLong_CheckExact(channels.ptr()) && channels.equal(py::int_(x.size(1))));
 }
 
-/* As its class is to Python. */
-void name_node() {
+/* Its class, as Python sees it. */
+py::object node_class() {
     static PyTypeObject type;
     torch::autograd::_initFunctionPyTypeObject(type, NAME, nullptr, nullptr);
     torch::autograd::registerCppFunction(typeid(Recorded), &type);
+    return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject *>(&type));
 }
 
 } // namespace
