@@ -235,7 +235,7 @@ def test_its_names(node):
     y = forced()(torch.randn(4, 3).requires_grad_())
     assert (y.grad_fn.name(), type(y.grad_fn).__name__) == ("_SyncBatchNormBackward",) * 2
     assert isinstance(y.grad_fn, torch.autograd.graph.Node)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         forced()(torch.randn(4, 3)).sum().backward()
     events = [(event.name, event.sequence_nr) for event in profile.events() if event.name.startswith("_SyncBatchNorm")]
     (forward, number), (backward, same) = events
