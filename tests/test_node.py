@@ -500,7 +500,7 @@ def test_a_trace_has_what_is_computed(form, node):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(layer, given, check_trace=False)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         assert "unordered_map::at" in str(error), "torch's own, of a function that is given None"  # noqa: PT017
     else:
         torch.testing.assert_close(traced(*given), layer(*given))
