@@ -91,6 +91,14 @@ def host_library(tmp_path_factory):
     return library
 
 
+@pytest.fixture(autouse=True)
+def _library_of_a_form(request, monkeypatch):
+    """For tests whose ranks use it."""
+    form = request.node.callspec.params.get("form") if hasattr(request.node, "callspec") else None
+    if getattr(form, "by_library", False):
+        monkeypatch.setattr(gpus, "library", request.getfixturevalue("host_library"))
+
+
 class Device(NamedTuple):
     """Where to compute, whether by the kernels in Triton, and whether C++ launches them."""
 

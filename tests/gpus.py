@@ -18,6 +18,9 @@ needs_cxx = pytest.mark.skipif(
 )
 
 
+library: Path | None = None  # what `python -m syncbn build` makes, for ranks that use it
+
+
 def check_kernels(device: str, triton_from_bytes: float) -> None:
     """The kernels asked for are those picked."""
     from syncbn import kernels

@@ -8,6 +8,7 @@ this program runs where there is no GPU. All that needs a GPU, on a machine that
 The first run takes minutes: it compiles the kernels in Triton for every dtype, layout and choice of parameters.
 """
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -42,6 +43,7 @@ class Form(NamedTuple):
 
     over: worlds.Transport
     triton_from_bytes: float = math.inf
+    by_library: bool = False  # what `python -m syncbn build` makes
 
 
 needs_nccl = pytest.mark.skipif(not (torch.cuda.is_available() and dist.is_nccl_available()), reason="needs a GPU and NCCL")
@@ -50,16 +52,18 @@ FORMS = {
     "gloo": GLOO,
     "nccl, aten": pytest.param(Form(worlds.NCCL), marks=needs_nccl),
     "nccl, triton": pytest.param(Form(worlds.NCCL, 0), marks=[needs_nccl, gpus.needs_triton]),
+    "gloo, c++": pytest.param(Form(worlds.GLOO, by_library=True), marks=gpus.needs_cxx),
+    "nccl, c++": pytest.param(Form(worlds.NCCL, 0, True), marks=[needs_nccl, gpus.needs_triton, gpus.needs_cxx]),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-def with_kernels(world, form, poisoned, case, *args):
+def with_kernels(world, form, poisoned, library, case, *args):
     """A case on a rank, by the kernels of the form; in memory that holds NaN, where `poisoned`, until it is written to."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(poisoned)
     try:
-        with mock.patch.object(kernels, "TRITON_FROM_BYTES", form.triton_from_bytes):
+        with mock.patch.object(kernels, "TRITON_FROM_BYTES", form.triton_from_bytes), by_library(library):
             gpus.check_kernels(world.device, form.triton_from_bytes)
             assert not poisoned or torch.empty(3, device=world.device).isnan().all()
             assert dist.get_backend(world.group) == form.over.backend
@@ -68,17 +72,39 @@ def with_kernels(world, form, poisoned, case, *args):
         torch.use_deterministic_algorithms(deterministic)
 
 
+@contextlib.contextmanager
+def by_library(path):
+    """What is built there is used; nothing that is built, without a path."""
+    loaded = None if path is None else kernels.extension.load(path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(kernels.extension, "library", loaded))
+        stack.enter_context(mock.patch.object(kernels, "_tried", {}))
+        if kernels.in_triton() is not None:
+            from syncbn.kernels import host
+
+            stack.enter_context(mock.patch.object(host, "library", loaded))
+            if loaded is not None:
+                host.use(loaded)
+        kernels._tried.clear()
+        layer = syncbn.SyncBatchNorm(2, group_size=1)
+        layer._force_sync = True
+        assert (loaded is not None) == isinstance(layer(torch.randn(3, 2)).grad_fn, getattr(loaded, "Node", ()))
+        yield
+
+
 def run(form, size, case, *args, poisoned=True):
     """As worlds.run."""
     timeout = worlds.CASE_TIMEOUT if form.over.device == "cpu" else TIMEOUT
-    return worlds.run(size, with_kernels, form, poisoned, case, *args, timeout=timeout, over=form.over)
+    library = gpus.library if form.by_library else None
+    return worlds.run(size, with_kernels, form, poisoned, library, case, *args, timeout=timeout, over=form.over)
 
 
 def sizes(test):
     """Worlds of 2 to 4, of which Gloo, by which the others are tested elsewhere, takes one in a sub-group."""
     chosen = [pytest.param(3, GLOO, id="3-gloo")]
     for name, form in list(FORMS.items())[1:]:
-        chosen += [pytest.param(size, *form.values, marks=form.marks, id=f"{size}-{name}") for size in (2, 3, 4)]
+        worlds_of = (2, 3, 4) if name.startswith("nccl") else (3,)
+        chosen += [pytest.param(size, *form.values, marks=form.marks, id=f"{size}-{name}") for size in worlds_of]
     return pytest.mark.parametrize(("size", "form"), chosen)(test)
 
 
