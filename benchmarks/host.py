@@ -66,7 +66,7 @@ def main() -> int:
     torch.set_num_threads(1)
     triton._launchers, triton.INTERPRETED = Launchers(), True
     with tempfile.TemporaryDirectory() as directory:
-        library = host.library = extension.load(extension.build(Path(directory) / extension.LIBRARY.name))
+        library = extension.load(extension.build(Path(directory) / extension.LIBRARY.name))
     host.use(library, launch=lambda *given: LAUNCHER)
     measured = []
     for ranks in (1, 8):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import collectives, differentiable, equations, kernels
-from .kernels import Affine, Kernels, Running, Saved
+from .kernels import Affine, Kernels, Running, Saved, extension
 from .observing import Call, Observer
 
 
@@ -27,7 +27,8 @@ class Rest(NamedTuple):
 
 # What is kept for backward: by autograd, and as it is.
 Tensors = tuple[Tensor | None, ...]  # x, statistics, weight, bias, y, mask
-Kept = tuple[bool, float, torch.dtype | None, Call, tuple[Observer, ...], bool]  # the last: composed, whatever watches backward
+# Whether a ReLU follows, ε, whether there is β; and whether backward is composed, whatever watches it.
+Kept = tuple[bool, float, bool, Call, tuple[Observer, ...], bool]
 
 
 def forward(x: Tensor, rest: Rest, compute: Kernels) -> tuple[Tensor, Tensors, Kept]:
@@ -39,19 +40,20 @@ def forward(x: Tensor, rest: Rest, compute: Kernels) -> tuple[Tensor, Tensors, K
     statistics, weight, bias, saved_y, relu = saved
     # By a ReLU of x other kernels, which round otherwise, would pass other values: backward is composed as forward was.
     composed = relu and saved_y is None and compute is kernels.composed()
-    bias_dtype = None if affine.bias is None else affine.bias.dtype
-    return y, (x, statistics, weight, bias, saved_y, mask), (relu, affine.eps, bias_dtype, call, observers, composed)
+    has_bias = affine.bias is not None
+    return y, (x, statistics, weight, bias, saved_y, mask), (relu, affine.eps, has_bias, call, observers, composed)
 
 
 def backward(dy: Tensor, tensors: Tensors, kept: Kept, needs_dx: bool, needs_dresidual: bool) -> Tensors:
     """Gradient sums, all_reduce, input gradient: dx, dγ, dβ, the gradient of the residual, and none of what is no tensor.
 
-    Differentiable again: with create_graph=True backward goes by the equations, and so do many gradients at once.
+    Autograd gives dγ and dβ the dtypes of their parameters. Differentiable again: with create_graph=True backward goes by the
+    equations, and so do many gradients at once.
     """
     x, statistics, weight, bias, y, mask = tensors
     assert x is not None
     assert statistics is not None
-    relu, eps, bias_dtype, call, observers, composed = kept
+    relu, eps, has_bias, call, observers, composed = kept
     # A hook of saved tensors may have laid out the statistics otherwise, which kernels read by their address.
     saved, call = Saved(statistics.contiguous(), weight, bias, y, relu), call.backward()
     dx: Tensor | None
@@ -68,18 +70,14 @@ def backward(dy: Tensor, tensors: Tensors, kept: Kept, needs_dx: bool, needs_dre
         dx = compute.input_gradient(passed, x, saved, message) if needs_dx else None
     return (
         dx if needs_dx else None,
-        None if weight is None else _as(dweight, weight.dtype),
-        None if bias_dtype is None else _as(dbias, bias_dtype),
+        None if weight is None else dweight,
+        dbias if has_bias else None,
         dresidual if needs_dresidual else None,
         None,
     )
 
 
 FUNCTIONS = (forward, backward, collectives.all_reduce)  # what a node in C++ calls
-
-
-def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value if value.dtype == dtype else value.to(dtype)  # the operator looks for longer
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -117,7 +115,7 @@ def normalize(x: Tensor, rest: Rest) -> Tensor:
     if differentiable.wanted():
         return strided_as(x, differentiable.batch_norm(x, affine, running, call, mask))
     weight, bias, _, _, residual = affine
-    library = kernels.by_library()
+    library = extension.library
     if library is None or _is_for_python(x, call):
         return _SyncBatchNorm.apply(x, weight, bias, residual, rest)
     return library.record(FUNCTIONS, x, weight, bias, residual, rest, kernels.pick(x))

@@ -16,7 +16,7 @@ from . import differentiable, kernels, observing
 from .arguments import as_number, eager_problem, mask_problem, problem_of, residual_problem, where
 from .collectives import Group, GroupLike
 from .eager import Rest, normalize, strided_as
-from .kernels import Affine, Running
+from .kernels import Affine, Running, extension
 from .observing import Call
 
 
@@ -122,7 +122,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         running = None
     elif running is not None and not isinstance(running.momentum, float):
         running = running._replace(momentum=as_number(running.momentum))
-    library = None if compiling else kernels.by_library()
+    library = None if compiling else extension.library
     in_order = library is not None and library.is_in_order(x, affine, running, site.channels)
     problem = (None if in_order else problem_of(x, affine, running, site.channels)) or mask_problem(x, mask)
     if problem is None and not compiling:

@@ -25,9 +25,10 @@ def use():
     """In this process, from here on."""
     library = extension.library = extension.load(Path(os.environ["BY_LIBRARY"]))
     if os.environ.get("TRITON_INTERPRET") == "1":
-        host = in_triton()
-        kernels.pick = lambda x: host if host.takes(x) else kernels.composed()
-    extension.library = SimpleNamespace(record=counted("record", library.record), is_in_order=library.is_in_order)
+        in_triton().use(library)
+        kernels.pick = lambda x: in_triton() if in_triton().takes(x) else kernels.composed()
+    others = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}
+    extension.library = SimpleNamespace(**others | {"record": counted("record", library.record)})
     forward, backward, all_reduce = eager.FUNCTIONS
     eager.FUNCTIONS = (counted("forward", forward), counted("backward", backward), all_reduce)
 

@@ -119,17 +119,16 @@ DEVICES = {
 def device(request, monkeypatch):
     """The name of a device, for a test that runs on each, by each choice of kernels for it."""
     from syncbn import kernels
+    from syncbn.kernels import extension
 
     name, triton_from_bytes, by_library = request.param
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", triton_from_bytes)
-    monkeypatch.setattr(kernels, "BY_LIBRARY", by_library)
+    monkeypatch.setattr(extension, "library", None)
     if by_library:
-        from syncbn.kernels import extension, host
+        from syncbn.kernels import host
 
-        library = extension.load(request.getfixturevalue("host_library"))
-        host.use(library)
-        for module in (extension, host):
-            monkeypatch.setattr(module, "library", library)
+        monkeypatch.setattr(extension, "library", extension.load(request.getfixturevalue("host_library")))
+        host.use(extension.library)
         monkeypatch.setattr(kernels, "_tried", {})
     gpus.check_kernels(name, triton_from_bytes)
     return name

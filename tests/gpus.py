@@ -30,4 +30,4 @@ def check_kernels(device: str, triton_from_bytes: float) -> None:
     if triton_from_bytes == 0:
         from syncbn.kernels import host, triton
 
-        assert picked is (host if kernels.BY_LIBRARY and host.library is not None else triton)
+        assert picked is (triton if kernels.extension.library is None else host)

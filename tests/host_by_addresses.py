@@ -77,7 +77,8 @@ class Library:
         return made
 
     def functions(self) -> SimpleNamespace:
-        return SimpleNamespace(takes=self.loaded.takes, **{name: self.known(name) for name in host.PROGRAMS})
+        same = {name: getattr(self.loaded, name) for name in ("takes", "record", "is_in_order")}
+        return SimpleNamespace(**same, **{name: self.known(name) for name in host.PROGRAMS})
 
     def known(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
@@ -93,7 +94,7 @@ class Library:
 
 def pytest_configure(config):
     config.host = Library(Path(os.environ["HOST_LIBRARY"]))
-    host.library = config.host.functions()
+    extension.library = config.host.functions()
 
 
 @pytest.fixture(autouse=True)

@@ -84,12 +84,13 @@ def test_local_batch_norm_under_the_compiler(monkeypatch):
 def test_the_kernels_of_a_variant_are_forced(monkeypatch):
     """Whatever the size from which those in Triton are chosen."""
     monkeypatch.setattr(kernels, "TRITON_FROM_BYTES", 7.0)
+    monkeypatch.setattr(kernels.extension, "library", "C++")
     seen = {}
     for name in ("syncbn", "syncbn-host", "syncbn-aten", "torch"):
         with peers.using(name):
-            seen[name] = kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY
-    assert seen == {"syncbn": (0, False), "syncbn-host": (0, True), "syncbn-aten": (math.inf, False), "torch": (7.0, True)}
-    assert (kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY) == (7.0, True)
+            seen[name] = kernels.TRITON_FROM_BYTES, kernels.extension.library
+    assert seen == {"syncbn": (0, None), "syncbn-host": (0, "C++"), "syncbn-aten": (math.inf, None), "torch": (7.0, "C++")}
+    assert (kernels.TRITON_FROM_BYTES, kernels.extension.library) == (7.0, "C++")
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -67,7 +67,7 @@ seen: list[tuple] = []
 def library(host_library, monkeypatch):
     """As loaded, with programs that note their launches."""
     found = host_by_addresses.Library(host_library, Launched)
-    monkeypatch.setattr(host, "library", found.functions())
+    monkeypatch.setattr(extension, "library", found.functions())
     monkeypatch.setattr(triton, "INTERPRETED", True)  # takes tensors of a CPU
     seen.clear()
     return found
@@ -386,7 +386,7 @@ def test_it_is_picked_where_it_was_built(library, monkeypatch):
     monkeypatch.setattr(kernels, "_tried", {})
     assert in_triton() is host
     monkeypatch.setattr(kernels, "_tried", {})
-    monkeypatch.setattr(host, "library", None)
+    monkeypatch.setattr(extension, "library", None)
     assert in_triton() is triton
 
 
@@ -426,9 +426,7 @@ def compiler(host_library, tmp_path, monkeypatch):
     (folder := tmp_path / "kernels").mkdir()
     monkeypatch.setenv("CXX", shlex.join([sys.executable, str(program)]))
     monkeypatch.setattr(extension, "LIBRARY", folder / extension.LIBRARY.name)
-    for module in (extension, host):
-        monkeypatch.setattr(module, "library", None)
-    monkeypatch.setattr(kernels, "BY_LIBRARY", True)
+    monkeypatch.setattr(extension, "library", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return folder
 

@@ -192,7 +192,6 @@ def node(request, monkeypatch):
     """What Python's node does, C++'s does too."""
     library = extension.load(request.getfixturevalue("host_library")) if request.param == "c++" else None
     monkeypatch.setattr(extension, "library", library)
-    monkeypatch.setattr(kernels, "BY_LIBRARY", True)
     return request.param
 
 
@@ -513,7 +512,7 @@ def test_compiled_autograd_is_told_what_to_do(node):
     y = layer(x).square().sum()
     with compiled_autograd._enable(lambda graph: graph):
         if node == "c++":
-            with pytest.raises(NotImplementedError, match=r"syncbn\.kernels\.BY_LIBRARY = False before the forward"):
+            with pytest.raises(NotImplementedError, match=r"syncbn\.kernels\.extension\.library = None before the forward"):
                 y.backward()
 
 

@@ -54,7 +54,8 @@ AXES = {
 @pytest.fixture(autouse=True)
 def _launched_by(request, monkeypatch):
     """Python, whatever was built here, or the host side in C++ where host_by_addresses.py is a plugin."""
-    monkeypatch.setattr(syncbn.kernels, "BY_LIBRARY", hasattr(request.config, "host"))
+    if not hasattr(request.config, "host"):
+        monkeypatch.setattr(syncbn.kernels.extension, "library", None)
 
 
 @pytest.fixture

@@ -170,15 +170,15 @@ def runnable(names: Sequence[str], device: torch.device) -> list[str]:
 def using(name: str) -> Iterator[None]:
     """Take the kernels of a peer: ATen's, as where no others were built; those in Triton from the first byte on."""
     wanted, compiled, from_bytes = PEERS[name].kernels, kernels.compiled, kernels.TRITON_FROM_BYTES
-    by_library = kernels.BY_LIBRARY
+    library = extension.library
     if wanted is not None:  # inside of what is timed: as little as for another peer
         kernels.compiled = _nothing if wanted == "aten" else compiled  # type: ignore[assignment]
         kernels.TRITON_FROM_BYTES = math.inf if wanted == "aten" else 0
-        kernels.BY_LIBRARY = wanted == "host"
+        extension.library = library if wanted == "host" else None
     try:
         yield
     finally:
-        kernels.compiled, kernels.TRITON_FROM_BYTES, kernels.BY_LIBRARY = compiled, from_bytes, by_library
+        kernels.compiled, kernels.TRITON_FROM_BYTES, extension.library = compiled, from_bytes, library
 
 
 def _nothing() -> None:

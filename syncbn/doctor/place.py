@@ -69,7 +69,7 @@ def facts(backend: str, device: torch.device) -> Facts:
 def _kernels(device: torch.device) -> str:
     picked: Any = kernels.pick(torch.empty(1, 1, device=device))
     found = "composed" if picked is kernels.composed() else "compiled"
-    if kernels.by_library() is None:
+    if kernels.extension.library is None:
         return found
     launched = getattr(picked, "__name__", "") == f"{kernels.__name__}.host"
     return f"{found}, {'launched' if launched else 'recorded'} by C++"  # what `python -m syncbn build` made

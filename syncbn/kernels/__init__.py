@@ -15,7 +15,7 @@ the dy that passed, which input_gradient is given in place of dy.
 
 import functools
 import logging
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ from . import extension
 
 # CUDA tensors of this many bytes or more go to the kernels in Triton: all of them (benchmarks/results/layer_cuda.csv).
 TRITON_FROM_BYTES = 0.0
-# Whether the library that `python -m syncbn build` makes is used, where it is.
-BY_LIBRARY = True
 
 
 class Affine(NamedTuple):
@@ -137,7 +135,7 @@ def compiled() -> Compiled | None:
     return None
 
 
-_tried: dict[tuple[int | None, bool], Compiled | None] = {}  # by GPU, None: whether Triton is installed; and BY_LIBRARY
+_tried: dict[tuple[int | None, bool], Compiled | None] = {}  # by GPU, None: whether Triton is installed; and by the library
 
 
 def in_triton(gpu: int | None = None) -> Compiled | None:
@@ -145,7 +143,7 @@ def in_triton(gpu: int | None = None) -> Compiled | None:
 
     Nothing can be tried while a graph is captured: until a forward outside of one has, None.
     """
-    key = gpu, BY_LIBRARY
+    key = gpu, extension.library is not None
     if key in _tried:
         return _tried[key]
     try:
@@ -156,7 +154,7 @@ def in_triton(gpu: int | None = None) -> Compiled | None:
     if gpu is not None and torch.cuda.is_current_stream_capturing():
         return None
     found = None
-    for fast in (host, triton) if BY_LIBRARY and host.library is not None else (triton,):
+    for fast in (triton,) if extension.library is None else (host, triton):
         problem = None if gpu is None else fast.problem(f"cuda:{gpu}")
         if problem is None:
             found = cast(Compiled, fast)
@@ -164,11 +162,6 @@ def in_triton(gpu: int | None = None) -> Compiled | None:
         logging.getLogger("syncbn").warning("%s (%s): %s, with the same results but slower", fast.WHAT, problem, fast.INSTEAD)
     _tried[key] = found
     return found
-
-
-def by_library() -> Any:
-    """The library that `python -m syncbn build` makes; None where it is not, or not used."""
-    return extension.library if BY_LIBRARY else None
 
 
 def check_device(x: Tensor) -> None:

@@ -66,4 +66,4 @@ def load(path: Path = LIBRARY) -> Any:
     return module
 
 
-library = load()
+library = load()  # None: Python does it

@@ -33,14 +33,13 @@ def _launch(number: int, *given: Any) -> Any:
     return triton.launch(getattr(triton.programs, PROGRAMS[number]), *given)
 
 
-library = extension.library
-if library is not None:
-    use(library)
+if extension.library is not None:
+    use(extension.library)
 
 
 def takes(x: Tensor) -> bool:
     """As triton.takes."""
-    return (x.is_cuda or triton.INTERPRETED) and type(x) in PLAIN and not is_watched() and bool(library.takes(x))
+    return (x.is_cuda or triton.INTERPRETED) and type(x) in PLAIN and not is_watched() and bool(extension.library.takes(x))
 
 
 def problem(device: str) -> str | None:
@@ -49,16 +48,16 @@ def problem(device: str) -> str | None:
 
 
 def moments(x: Tensor) -> Tensor:
-    message = library.moments(x)
+    message = extension.library.moments(x)
     return triton.moments(x) if message is None else message
 
 
 def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | None) -> tuple[Tensor, Saved]:
     made = None
     if running is None:
-        made = library.normalize(x, message, *affine, None, None, None, 0.0)
+        made = extension.library.normalize(x, message, *affine, None, None, None, 0.0)
     elif running.momentum is not None:
-        made = library.normalize(x, message, *affine, *running)
+        made = extension.library.normalize(x, message, *affine, *running)
     if made is None:
         return triton.normalize(x, message, affine, running)
     y, statistics = made
@@ -66,11 +65,11 @@ def normalize(x: Tensor, message: Tensor, affine: Affine, running: Running | Non
 
 
 def gradient_sums(dy: Tensor, x: Tensor, saved: Saved) -> GradientSums:
-    made = library.gradient_sums(dy, x, *saved)
+    made = extension.library.gradient_sums(dy, x, *saved)
     return triton.gradient_sums(dy, x, saved) if made is None else GradientSums(*made)
 
 
 def input_gradient(dy: Tensor, x: Tensor, saved: Saved, message: Tensor) -> Tensor:
     statistics, weight, bias, y, relu = saved
-    dx = library.input_gradient(dy, x, statistics, weight, bias, relu and y is None, message)
+    dx = extension.library.input_gradient(dy, x, statistics, weight, bias, relu and y is None, message)
     return triton.input_gradient(dy, x, saved, message) if dx is None else dx

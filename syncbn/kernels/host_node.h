@@ -119,7 +119,7 @@ struct Recorded : torch::autograd::Node {
     }
     void compiled_args(torch::dynamo::autograd::CompiledNodeArgs &) const override {
         TORCH_CHECK_NOT_IMPLEMENTED(false, "given compiled autograd over a node of what `python -m syncbn build` made; expected "
-                                           "syncbn.kernels.BY_LIBRARY = False before the forward");
+                                           "syncbn.kernels.extension.library = None before the forward");
     }
 };
 
@@ -167,12 +167,11 @@ std::optional<Made> forward_in_place(py::handle functions, const Tensor &x, cons
     const auto [message, held] = all_reduce(functions, moments(x).value(), call, observers);
     if (held) mean = var = tracked = {};
     const auto [y, statistics] = normalize(x, message, weight, bias, eps, relu, residual, mean, var, tracked, momentum).value();
-    const py::object bias_dtype = bias ? py::object(item(affine, 1).attr("dtype")) : py::none();
     Tensors tensors{x, statistics};
     if (weight) tensors[2] = *weight;
     if (bias && relu && !residual) tensors[3] = *bias;
     if (residual) tensors[4] = y;
-    return Made{py::cast(y), tensors, py::make_tuple(relu, eps, bias_dtype, call, observers, false), true};
+    return Made{py::cast(y), tensors, py::make_tuple(relu, eps, bias.has_value(), call, observers, false), true};
 }
 
 /* y of `forward`, which autograd differentiates by `backward`. */
