@@ -9,6 +9,7 @@ from torch import nn
 
 from syncbn.__main__ import main
 from syncbn.bench import counts, memory, network, peers, resnet50, step
+from syncbn.kernels import extension
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("heap_as_it_is")
@@ -31,6 +32,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(resnet50, "SETTINGS", resnet50.SETTINGS[1:2])
     monkeypatch.setattr(memory, "peak", lambda run, device: 1)
     monkeypatch.setattr(counts, "of", lambda run, device: (counts.Counts(5, 5, 0, 0), ""))
+    monkeypatch.setattr(extension, "library", None)  # whatever was built here
 
 
 def test_a_step_of_the_network(operators, brief, tmp_path, capsys):
