@@ -224,8 +224,8 @@ def test_its_results_have_the_bits_of_pythons(host_library, monkeypatch):
     for fused, dtype, masked in itertools.product(batches.FUSED, batches.DTYPES, [False, True]):
         for chosen in ([], wanted, *([name] for name in wanted)):
             found = []
-            for monkeypatch_to in (None, library):
-                monkeypatch.setattr(extension, "library", monkeypatch_to)
+            for by in (None, library):
+                monkeypatch.setattr(extension, "library", by)
                 found.append(step(fused, dtype, chosen, masked))
             assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -506,15 +506,14 @@ def test_a_trace_has_what_is_computed(form, node):
         torch.testing.assert_close(traced(*given), layer(*given))
 
 
-def test_compiled_autograd_is_told_what_to_do(node):
+def test_compiled_autograd_is_told_what_to_do(host_library, monkeypatch):
     from torch._dynamo import compiled_autograd
 
-    layer, x = forced(), torch.randn(4, 3).requires_grad_()
-    y = layer(x).square().sum()
-    with compiled_autograd._enable(lambda graph: graph):
-        if node == "c++":
-            with pytest.raises(NotImplementedError, match=r"syncbn\.kernels\.extension\.library = None before the forward"):
-                y.backward()
+    monkeypatch.setattr(extension, "library", extension.load(host_library))
+    y = forced()(torch.randn(4, 3).requires_grad_()).square().sum()
+    said = r"syncbn\.kernels\.extension\.library = None before the forward"
+    with compiled_autograd._enable(lambda graph: graph), pytest.raises(NotImplementedError, match=said):
+        y.backward()
 
 
 def test_what_is_in_order_is_in_order(host_library):

@@ -200,8 +200,6 @@ bool is_floating(const Tensor &value) {
     const auto dtype = value.scalar_type();
     return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble;
 }
-bool is_number(PyObject *value) { return PyFloat_CheckExact(value); }
-
 /* Whether problem_of of arguments.py, with the same arguments, is known to find nothing. */
 bool is_in_order(py::handle given_x, py::handle affine, py::handle running, py::handle channels) {
     if (!THPVariable_Check(given_x.ptr())) return false;
@@ -210,21 +208,23 @@ bool is_in_order(py::handle given_x, py::handle affine, py::handle running, py::
     if (x.layout() != at::kStrided || is_symbolic(x)) return false;
     if (x.is_nested() || x.dim() < 2 || !is_floating(x)) return false;
     bool any = false;
-    const auto fits = [&](PyObject *value) {
-        if (value == Py_None) return true;
-        if (!THPVariable_Check(value)) return false;
-        const Tensor &vector = THPVariable_Unpack(value);
+    const auto fits = [&](py::handle value) {
+        if (value.is_none()) return true;
+        if (!THPVariable_Check(value.ptr())) return false;
+        const Tensor &vector = THPVariable_Unpack(value.ptr());
         any = true;
-        return !is_symbolic(vector) && vector.dim() == 1 && vector.numel() == x.size(1) && vector.device() == x.device() && is_floating(vector);
+        if (is_symbolic(vector) || vector.dim() != 1 || vector.numel() != x.size(1)) return false;
+        return vector.device() == x.device() && is_floating(vector);
     };
-    PyObject *eps = PyTuple_GET_ITEM(affine.ptr(), 2);
-    if (!is_number(eps) || PyFloat_AS_DOUBLE(eps) < 0) return false;
-    if (!fits(PyTuple_GET_ITEM(affine.ptr(), 0)) || !fits(PyTuple_GET_ITEM(affine.ptr(), 1))) return false;
+    const py::handle eps = item(affine, 2);
+    if (!PyFloat_CheckExact(eps.ptr()) || PyFloat_AS_DOUBLE(eps.ptr()) < 0) return false;
+    if (!fits(item(affine, 0)) || !fits(item(affine, 1))) return false;
     if (!running.is_none()) {
-        PyObject *tracked = PyTuple_GET_ITEM(running.ptr(), 2), *momentum = PyTuple_GET_ITEM(running.ptr(), 3);
-        if (!fits(PyTuple_GET_ITEM(running.ptr(), 0)) || !fits(PyTuple_GET_ITEM(running.ptr(), 1))) return false;
-        if (tracked != Py_None && !(THPVariable_Check(tracked) && THPVariable_Unpack(tracked).device() == x.device())) return false;
-        if (momentum != Py_None && !is_number(momentum)) return false;
+        const py::handle tracked = item(running, 2), momentum = item(running, 3);
+        if (!fits(item(running, 0)) || !fits(item(running, 1))) return false;
+        if (!tracked.is_none() && !THPVariable_Check(tracked.ptr())) return false;
+        if (!tracked.is_none() && THPVariable_Unpack(tracked.ptr()).device() != x.device()) return false;
+        if (!momentum.is_none() && !PyFloat_CheckExact(momentum.ptr())) return false;
     }
     return any || channels.is_none() || (PyLong_CheckExact(channels.ptr()) && channels.equal(py::int_(x.size(1))));
 }
