@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -487,6 +488,29 @@ def test_a_reader_that_has_read_enough(buffered):
         error = doctor.stderr.read()
         assert doctor.wait(60) == 1
     assert error == "syncbn: [Errno 32] Broken pipe: nobody reads what is printed, or a process is gone\n"
+
+
+NAMES_THREADS = """
+import sys
+from pathlib import Path
+from syncbn.__main__ import main
+main(["doctor", "--device=cpu", "--repeats=2", "--steps=2"])
+sys.stderr.write(str({thread.joinpath("comm").read_text() for thread in Path("/proc/self/task").iterdir()}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads by name are Linux's")
+def test_a_reader_that_has_read_enough_leaves_no_thread_of_gloo():
+    """One that lets go of a tensor, for which it needs Python, while Python ends is a process that aborts, now and then."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", NAMES_THREADS], **pipes) as doctor:
+        assert doctor.stdout.readline() == "1 rank\n"
+        doctor.stdout.close()
+        said, threads = doctor.stderr.read().splitlines()
+        assert doctor.wait(60) == 0
+    assert "nobody reads" in said
+    assert "python" in threads
+    assert "gloo" not in threads
 
 
 PRINTS_LAST = """

@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         status = examine(options, device)
     except BrokenPipeError:
+        if device.type == "cpu":  # joins Gloo's threads: one that lets go of a tensor while Python ends would abort it
+            torch.distributed.destroy_process_group()
         raise
     except (Exception, SystemExit) as error:  # whatever the user's model, or a peer that is gone, may raise
         traceback.print_exception(error)
