@@ -81,6 +81,8 @@ class Group:
         Raises:
             ValueError: this rank is outside of the group, or the world size is not a multiple of the group size.
         """
+        if torch.compiler.is_compiling():
+            self._read_what_is_guarded()
         if self._known is not None:
             return self._known
         group = self.process_group
@@ -93,6 +95,12 @@ class Group:
         raise ValueError(
             "given a process group that this rank is not in; expected one that holds every rank on which the layer trains"
         )
+
+    def _read_what_is_guarded(self) -> bool:
+        """For a trace, which notes none of it by itself: which group this is, of one rank too, and whether there is a job."""
+        if self._known is not None:
+            return self._known.group_name is None
+        return self.process_group is None and dist.distributed_c10d._world._default_pg is None
 
     def is_everyone(self) -> bool:
         """Whether it is all processes, whatever their number."""

@@ -45,7 +45,8 @@ def convert(
         module: any model. Convert before DistributedDataParallel, `fully_shard` and accelerate's `prepare`.
         process_group: the ranks that share statistics: None (all; a layer that has a group keeps it), a ProcessGroup, a 1-D
             DeviceMesh, or a function (name, layer) → one of these. A second convert with another group changes the group.
-        group_size: instead, contiguous groups of this many ranks, which must divide the world size.
+        group_size: instead, contiguous groups of this many ranks, which must divide the world size. What torch.compile has
+            compiled with it is of one job: torch._dynamo.reset() where the process joins another.
         skip: (name, layer) → True for a layer to leave as it is.
 
     Returns:
