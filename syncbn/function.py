@@ -90,10 +90,14 @@ class Site(NamedTuple):
 class Forward:
     """One forward of a layer, observed: the same object in its call and in those of its backward."""
 
-    __slots__ = ("__weakref__", "layer")
+    __slots__ = ("__weakref__", "eps", "layer", "weight")
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, affine: Affine) -> None:
         self.layer = layer  # the module; None: a call of the function
+        weight = affine.weight  # (C,) or None: what this call takes for γ, which a user's forward may have made of the layer's
+        while weight is not None and torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            weight = torch._C._functorch.get_unwrapped(weight)
+        self.weight, self.eps = None if weight is None else weight.detach(), affine.eps
 
 
 def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: Tensor | None = None) -> Tensor:
@@ -129,7 +133,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
         problem = eager_problem(x, running, mask, alone)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
-    forward = None if compiling or not observing.observed(group) else Forward(site.module)
+    forward = None if compiling or not observing.observed(group) else Forward(site.module, affine)
     call = Call(site.layer, "recompute" if recomputing else "forward", x.shape[1], x.dtype, group, True, forward)
     rest = Rest(affine, running, call, observers, None)
     return normalize(x, rest) if mask is None else _masked(x, rest, mask)

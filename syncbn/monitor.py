@@ -142,13 +142,13 @@ class Monitor:
 
     def _forward(self, call: Call, forward: Forward, local: Tensor, reduced: Tensor) -> None:
         mean, var, n = equations.statistics(reduced)
-        invstd = (var + forward.layer.eps).rsqrt()
+        invstd = (var + forward.eps).rsqrt()
         self.pending[forward] = invstd, n
         if call.phase == "recompute":
             return
         own_mean, own_var, own_n = equations.statistics(local)
         shift = ((own_mean - mean) * invstd).square().mean().sqrt()
-        scale = ((own_var + forward.layer.eps).sqrt() * invstd - 1).square().mean().sqrt()
+        scale = ((own_var + forward.eps).sqrt() * invstd - 1).square().mean().sqrt()
         nothing = torch.full_like(n, math.nan)
         shifts = torch.where(own_n > 0, torch.stack([shift, scale]), nothing)
         ratio = torch.where(n > 0, (mean.abs() * invstd).max(), nothing)
@@ -157,7 +157,7 @@ class Monitor:
     def _backward(self, forward: Forward, reduced: Tensor) -> None:
         if forward not in self.pending:
             return
-        (invstd, n), weight = self.pending[forward], forward.layer.weight
+        (invstd, n), weight = self.pending[forward], forward.weight
         sum_dy, sum_dy_xmu = reduced.chunk(2)
         scale = invstd if weight is None else invstd * weight
         slack = (scale.square() * (sum_dy.square() + (sum_dy_xmu * invstd).square())).sum() / n.clamp(min=1)

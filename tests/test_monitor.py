@@ -1,15 +1,18 @@
 """The monitor: its figures against their definitions on the whole batch, and nothing changed by it."""
 
+import contextlib
 import gc
 import importlib
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
@@ -166,6 +169,68 @@ def test_checkpointed_masked_and_forward_mode_calls():
     )
     assert masked.layers["SyncBatchNorm1d"].smoothness_slack == pytest.approx(cut.layers["SyncBatchNorm1d"].smoothness_slack)
     assert forward.layers["SyncBatchNorm1d"].mean_over_std == pytest.approx(plain.layers["SyncBatchNorm1d"].mean_over_std)
+
+
+class Shifted(nn.BatchNorm1d):
+    """Its γ is weight + 1."""
+
+    def forward(self, x):
+        weight = self.weight + 1
+        return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class Noisy(nn.Module):
+    """A parametrization that draws a number each time."""
+
+    def forward(self, weight):
+        return weight + 0.1 * torch.randn_like(weight)
+
+
+def test_the_slack_is_by_the_gamma_that_the_call_took():
+    """Of a user's forward, and of functional_call, on a skeleton too; a transform has none."""
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 6, 4).double()
+    weight, bias = torch.rand(2, 4).double() + 2
+
+    def measured(layer, call):
+        with syncbn.monitor(layer) as watching:
+            call(layer)
+            return watching.read().layers[type(layer).__name__].smoothness_slack
+
+    expected = figures(x, x, g, weight)[-1]
+    shifted = syncbn.convert(Shifted(4, EPS).double())
+    shifted.weight.data = weight - 1
+    assert measured(shifted, lambda layer: layer(x).backward(g)) == pytest.approx(expected, rel=1e-9)
+
+    def given(layer):
+        leaves = {"weight": weight.clone().requires_grad_(), "bias": bias}
+        torch.func.functional_call(layer, leaves, (x,)).backward(g)
+
+    def transformed(layer):
+        def loss(weight):
+            return (torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,)) * g).sum()
+
+        torch.func.grad(loss)(weight)
+
+    for device in ("cpu", "meta"):
+        layer = syncbn.SyncBatchNorm1d(4, EPS, track_running_stats=False, device=device, dtype=torch.float64)
+        assert measured(layer, given) == pytest.approx(expected, rel=1e-9)
+        assert math.isnan(measured(layer, transformed)), "whose backward is seen as a derivative"
+
+
+def test_a_parametrization_is_evaluated_no_more_often():
+    outputs = []
+    for watch in (syncbn.monitor, contextlib.nullcontext):
+        torch.manual_seed(0)
+        layer = nn.Sequential(syncbn.SyncBatchNorm1d(4))
+        layer[0]._force_sync = True
+        parametrize.register_parametrization(layer[0], "weight", Noisy())
+        with watch(layer):
+            for _ in range(2):
+                y = layer(torch.arange(20.0).view(5, 4).sin())
+                y.square().sum().backward()
+        outputs.append(y.detach())
+    assert torch.equal(*outputs)
 
 
 def layer_and_calls(count):
