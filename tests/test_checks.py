@@ -8,6 +8,7 @@ import time
 import warnings
 from unittest import mock
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -323,6 +324,31 @@ def _in_two_wrappers(world):
 def test_ranks_in_different_wrappers_do_not_broadcast_into_each_other():
     for message in worlds.run_fresh(2, _in_two_wrappers):
         assert message.startswith("ranks differ at call 1: rank 0 is at a forward of 1, rank 1 at a forward of 0;")
+
+
+def _without_collectives(world):
+    """Rank 0 runs what communicates with nobody between two steps of all."""
+    model = syncbn.convert(Net())
+    without_statistics = syncbn.SyncBatchNorm1d(3, track_running_stats=False).eval()
+    of_one = syncbn.SyncBatchNorm1d(3)
+    of_one.process_group = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
+    sized = syncbn.convert(nn.BatchNorm1d(3), group_size=1)
+    x, found = torch.randn(5, 3, generator=torch.Generator().manual_seed(world.rank)), []
+    with syncbn.checked(model):
+        step(model, world.rank)
+        if world.rank == 0:
+            mask = torch.arange(5) < 4
+            found = [without_statistics(x, mask)[:4], of_one(x), sized(x)]
+        step(model, world.rank)
+    return x, [y.detach() for y in found]
+
+
+def test_a_rank_may_run_layers_alone_that_communicate_with_nobody():
+    (x, found), (_, nothing) = worlds.run_fresh(2, _without_collectives)
+    assert not nothing
+    expected = [oracle.batch_norm([share], [torch.zeros_like(share)]).y[0] for share in (x[:4], x, x)]
+    for y, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def _evaluated_alone(world):
