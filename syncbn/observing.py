@@ -1,9 +1,11 @@
 """Who sees the collectives of layers, and what is kept of them for recomputations.
 
-Requirements: observers see every call, and cost nothing when there are none; contexts may be left in any order.
+Requirements: observers see every call, and cost nothing when there are none; contexts may be left in any order, and in another
+thread or task than they were entered in, which all that copied their context then see too.
 """
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -55,18 +57,19 @@ class Recording(Protocol):
 watchers: weakref.WeakValueDictionary[Any, Observer] = weakref.WeakValueDictionary()
 _watched: dict[Any, Any] = vars(watchers)["data"]  # what it holds: to see that it is empty needs no call
 _observed_alone: weakref.WeakSet[Any] = weakref.WeakSet()  # layers whose last forward was, in a process that is alone
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("syncbn_observers", default=())
-_recordings: ContextVar[tuple[Recording, ...]] = ContextVar("syncbn_recordings", default=())
+# Lists of one, which is emptied at the end of its context.
+_observers: ContextVar[tuple[list[Observer], ...]] = ContextVar("syncbn_observers", default=())
+_recordings: ContextVar[tuple[list[Recording], ...]] = ContextVar("syncbn_recordings", default=())
 
 
 def observers() -> tuple[Observer, ...]:
     """The observers of this context; compiled code has none. A backward uses its forward's: it may run in another thread."""
-    return _observers.get()
+    return tuple(itertools.chain.from_iterable(entered)) if (entered := _observers.get()) else ()
 
 
 def observed(group: Any) -> bool:
     """Whether anyone sees a call over the group that starts now, or keeps its message."""
-    return bool(_observers.get()) or bool(_recordings.get()) or watcher(group) is not None
+    return any(_observers.get()) or any(_recordings.get()) or watcher(group) is not None
 
 
 def observed_in_forward(layer: Any, observed: bool, recomputing: bool) -> bool:
@@ -111,7 +114,7 @@ def observe(observer: Observer) -> AbstractContextManager[None]:
 def hidden_from(kind: type[Any]) -> Iterator[None]:
     """Show observers of a class nothing of what runs inside."""
     before = _observers.get()
-    _observers.set(tuple(one for one in before if not isinstance(one, kind)))
+    _observers.set(tuple(entered for entered in before if not any(isinstance(one, kind) for one in entered)))
     try:
         yield
     finally:
@@ -125,16 +128,16 @@ def recorded(recording: Recording) -> AbstractContextManager[None]:
 
 def recordings() -> tuple[Recording, ...]:
     """What records the forwards of this context."""
-    return _recordings.get()
+    return tuple(itertools.chain.from_iterable(entered)) if (entered := _recordings.get()) else ()
 
 
 @contextlib.contextmanager
 def _among(variable: ContextVar[Any], one: Any) -> Iterator[None]:
-    """`one` is among the values inside; such contexts may be left in another order than they were entered."""
-    variable.set((*variable.get(), one))
+    """`one` is among the values inside."""
+    entered = [one]
+    variable.set((*variable.get(), entered))
     try:
         yield
     finally:
-        values = variable.get()
-        last = max((at for at, value in enumerate(values) if value is one), default=len(values))  # of another thread's: none
-        variable.set((*values[:last], *values[last + 1 :]))
+        entered.clear()
+        variable.set(tuple(filter(None, variable.get())))

@@ -1,7 +1,10 @@
 """Who sees the collectives of a layer, and what is recorded of them: what was entered and not left, in whatever order."""
 
+import asyncio
 import contextlib
+import gc
 import itertools
+import threading
 
 import pytest
 import torch
@@ -57,6 +60,64 @@ def test_contexts_left_in_another_order_than_entered(kind, order):
         contexts[index].__exit__(None, None, None)
     forward()
     assert [one.sizes for one in each] == [[7] * (1 + order.index(index)) for index in range(3)]
+
+
+def endless(layer):
+    """Steps of a user's loop, which may be left early."""
+    with syncbn.accumulate_statistics(layer):
+        while True:
+            yield layer(torch.randn(5, 2))
+
+
+async def endless_async(layer):
+    for y in endless(layer):
+        yield y
+
+
+def in_another_thread(layer):
+    steps = endless(layer)
+    next(steps)
+    thread = threading.Thread(target=steps.close)
+    thread.start()
+    thread.join()
+
+
+def in_a_task_that_goes_on(layer):
+    async def train():
+        await asyncio.sleep(0.01)
+        layer(torch.randn(5, 2))
+
+    async def main():
+        with syncbn.accumulate_statistics(layer):
+            layer(torch.randn(5, 2))
+            task = asyncio.create_task(train())
+        await task
+
+    asyncio.run(main())
+
+
+def in_a_context_of_the_event_loop(layer):
+    async def main():
+        async for _ in endless_async(layer):
+            break
+        gc.collect()
+        await asyncio.sleep(0.01)
+        layer(torch.randn(5, 2))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("leave", "counted"), [(in_another_thread, 0), (in_a_task_that_goes_on, 2), (in_a_context_of_the_event_loop, 1)]
+)
+def test_a_context_left_in_another_context_than_entered_is_left(leave, counted):
+    """Else statistics would stand still for good. What an early end leaves is not counted."""
+    layer = syncbn.SyncBatchNorm1d(2)
+    leave(layer)
+    assert layer.num_batches_tracked == counted
+    assert observing.observers() == ()
+    layer(torch.randn(5, 2))
+    assert layer.num_batches_tracked == counted + 1
 
 
 def test_an_observer_entered_twice_is_there_until_it_is_left_twice():
