@@ -49,7 +49,7 @@ def problem_of(x: Tensor, affine: Affine, running: Running | None, channels: int
     return None
 
 
-def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None, alone: bool) -> Exception | None:
+def eager_problem(x: Tensor, affine: Affine, running: Running | None, mask: Tensor | None, alone: bool) -> Exception | None:
     """What is wrong with where and in what the values are, which a compiler's trace does not know, if anything."""
     if running is not None and torch._C._are_functorch_transforms_active():
         for name, value in (("input", x), ("a mask", mask)):
@@ -67,6 +67,11 @@ def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None, alone
             "given a DTensor; expected this rank's share of the batch as a plain tensor, x.to_local(), and the mesh dimension "
             'over which it is shared in convert(model, mesh["dp"])'
         )
+    if x.is_inference() and mask is None and torch.is_grad_enabled() and _trains(affine):
+        return ValueError(
+            "given a tensor made inside of torch.inference_mode(), which cannot be kept for backward; expected its clone(), or "
+            "a forward inside of torch.no_grad()"
+        )
     if x.is_cpu:
         return None
     try:
@@ -74,6 +79,11 @@ def eager_problem(x: Tensor, running: Running | None, mask: Tensor | None, alone
     except ValueError as error:
         return error
     return None
+
+
+def _trains(affine: Affine) -> bool:
+    """Whether a vector, or what is added, needs a gradient."""
+    return any(each is not None and each.requires_grad for each in (affine.weight, affine.bias, affine.residual))
 
 
 def as_number(momentum: Any) -> Any:

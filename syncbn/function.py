@@ -130,7 +130,7 @@ def train(x: Tensor, affine: Affine, running: Running | None, site: Site, mask: 
     in_order = library is not None and library.is_in_order(x, affine, running, site.channels)
     problem = (None if in_order else problem_of(x, affine, running, site.channels)) or mask_problem(x, mask)
     if problem is None and not compiling:
-        problem = eager_problem(x, running, mask, alone)
+        problem = eager_problem(x, affine, running, mask, alone)
     if problem is not None:
         raise type(problem)(f"{problem} ({where(site.layer)})")
     forward = None if compiling or not observing.observed(group) else Forward(site.module, affine)
@@ -182,9 +182,10 @@ def _train_alone(x: Tensor, affine: Affine, running: Running | None) -> Tensor:
     assert num_batches_tracked is not None, "momentum=None counts batches"
     batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
     y = F.batch_norm(x, batch_mean, batch_var, weight, bias, True, 1.0, eps)
-    factor = num_batches_tracked.double().reciprocal()
-    mean.copy_(factor * batch_mean + (1 - factor) * mean)
-    var.copy_(factor * batch_var + (1 - factor) * var)
+    if x.numel():  # else torch's operator leaves statistics as they are
+        factor = num_batches_tracked.double().reciprocal()
+        mean.copy_(factor * batch_mean + (1 - factor) * mean)
+        var.copy_(factor * batch_var + (1 - factor) * var)
     return _activated(y, affine)
 
 

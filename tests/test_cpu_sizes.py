@@ -6,6 +6,7 @@ import tolerance
 import torch
 from batches import lay_out
 
+from syncbn import equations
 from syncbn.kernels import Affine, Running, cpu
 
 pytestmark = pytest.mark.skipif(cpu.library is None, reason="needs the compiled kernels")
@@ -55,6 +56,17 @@ def test_values(shape, layout, dtype, form):
     tolerance.check("running_var", running.var, expected.running_var, ratio=2)
     if expected.dresidual is not None:
         tolerance.check("dresidual", sums.dy, expected.dresidual[0], ratio=2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1, 512, 512), (1, 1, 2048, 2048), (16_000_000, 1)], ids=str)
+def test_the_variance_of_many_values_whose_mean_is_10_000_standard_deviations(shape, seed):
+    """Good to 1e-6, as README.md has it, however many values a channel has."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 1e4
+    _, var, n = equations.statistics(cpu.moments(x))
+    expected = x.double().var(correction=0)
+    assert n == x.numel()
+    assert abs(var.item() / expected.item() - 1) < 1e-6
 
 
 @pytest.fixture(params=[512, 256, 128], ids="{} bits".format)

@@ -33,6 +33,11 @@ def _nested(layout):
         return torch.nested.nested_tensor([X[0].flatten(1).t(), X[1, :, 0].t()], layout=layout)
 
 
+@torch.inference_mode()
+def _inferred():
+    return X.clone()
+
+
 BAD = {
     "one dimension": (lambda: _call(torch.zeros(3)), ValueError, r"given input of shape \(3,\); expected \(N, C, \*\)"),
     "channels": (
@@ -53,6 +58,11 @@ BAD = {
     "opaque": (lambda: _call(X.to_mkldnn()), TypeError, r"given a tensor of torch._mkldnn; expected a dense one"),
     "nested": (lambda: _call(_nested(torch.strided)), TypeError, r"given a nested tensor; expected a dense one"),
     "jagged": (lambda: _call(_nested(torch.jagged)), TypeError, r"given a nested tensor; expected a dense one"),
+    "inference": (
+        lambda: _call(_inferred(), weight=torch.ones(3, requires_grad=True)),
+        ValueError,
+        r"given a tensor made inside of torch.inference_mode\(\), which cannot be kept for backward; expected its clone",
+    ),
     "devices": (lambda: _call(bias=torch.ones(3, device="meta")), ValueError, r"input on cpu and bias on meta"),
 }
 

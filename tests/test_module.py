@@ -104,6 +104,28 @@ def test_alone_it_is_torchs_layer_to_the_bit(ours, torchs, shape, dtype, options
                 assert torch.equal(a, b), (step, number)
 
 
+@pytest.mark.parametrize("empty", [(0, 3, 2, 2), (4, 3, 0, 2)], ids=str)
+def test_alone_an_empty_batch_leaves_the_statistics_of_a_cumulative_average(empty):
+    """As torch's layer, which counts it."""
+    mine, theirs = syncbn.SyncBatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, momentum=None)
+    for x in (torch.zeros(empty), torch.randn(4, 3, 2, 2) * 3 + 1, torch.zeros(empty), torch.randn(4, 3, 2, 2)):
+        mine(x)
+        theirs(x)
+        for name, buffer in theirs.named_buffers():
+            torch.testing.assert_close(mine.get_buffer(name), buffer)
+
+
+def test_what_is_made_in_inference_mode_is_taken_where_nothing_trains():
+    layer = syncbn.SyncBatchNorm2d(3)
+    layer._force_sync = True
+    with torch.inference_mode():
+        x = torch.randn(4, 3, 2, 2)
+        inside = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), inside)
+    assert torch.equal(layer.requires_grad_(False)(x), inside)
+
+
 @pytest.mark.parametrize(("ours", "torchs", "shape"), TWINS)
 @pytest.mark.parametrize("bad", ["one value", "dimensions", "channels", "integers"])
 def test_alone_its_errors_are_torchs(ours, torchs, shape, bad):

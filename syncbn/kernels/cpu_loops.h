@@ -7,7 +7,8 @@
 
 #define FEW 2       /* values of half precision are as well computed one by one as by a strip */
 #define FAR 65536   /* bytes that longer rows are fetched ahead, and those of four bytes a value: halves wait for computing */
-#define CHUNK 128   /* rows of channels summed before they are added to the sums: rounding errors grow with the terms */
+#define BLOCK 4096  /* values of a plane summed before they are added to the sums: rounding errors grow with the terms */
+#define CHUNK 128   /* rows of channels, likewise, or about the root of their number */
 #define BACK 16     /* 2^16 values of rows of channels are taken at once on the way back */
 #define IS_HALF(type) ((type) < FLOAT32)
 #define LEAST(type) ((type) == FLOAT16 ? 0x1p-25f : (type) == BFLOAT16 ? 0x1p-134f : 0) /* the largest that is stored as 0 */
@@ -83,7 +84,7 @@ INLINE Place widened(Strip *strip, Place p, int64_t at, int type, int pass) {
     p.out = strip->out;
     return p;
 }
-/* Σx and Σx², or Σdy and Σdy·x, of a plane of channel i from element `at` on. */
+/* Σx and Σx², or Σdy and Σdy·x, of n values of a plane of channel i from element `at` on. */
 INLINE void sum_plane(Place p, int64_t at, int64_t i, int64_t n, int type, int pass) {
     const Channel its = channel(p, i, type, pass);
     const int64_t end = at + n;
@@ -212,7 +213,8 @@ INLINE void run_rows(const Work *work, int64_t at, int64_t i, int64_t rows, int6
         some = row + tile > rows ? 1 : tile;
 #define ROWS(some) IS_SUM(pass) ? sum_rows(p, here, some, n, type, pass) : apply(p, here, some, 0, n, 0, type, pass)
         if (type == FLOAT32 && !IS_SUM(pass) && work->streamed) stream(p, here, planes ? row : 0, n, planes, pass);
-        else if (planes && IS_SUM(pass)) sum_plane(p, here, row, n, type, pass);
+        else if (planes && IS_SUM(pass))
+            for (int64_t j = 0; j < n; j += BLOCK) sum_plane(p, here + j, row, n - j < BLOCK ? n - j : BLOCK, type, pass);
         else if (planes) apply(p, here, 1, row, n, 1, type, pass);
         else if (some == 4) ROWS(4);
         else if (some == 2) ROWS(2);
@@ -225,7 +227,9 @@ INLINE void run_body(const Work *work, int64_t part, int type, int pass) {
     const int64_t from = all * part / work->parts, to = all * (part + 1) / work->parts;
     for (int64_t row = 0; s != 1 && row < n; row++) /* apply goes back: what was read last may still be in a cache */
         run_rows(work, ((IS_SUM(pass) ? row : n - 1 - row) * c + from) * s, from, to - from, s, work->sums, type, pass);
-    const int64_t most = IS_SUM(pass) ? CHUNK : (1 << BACK) / (c ? c : 1) + 4, chunks = s == 1 ? (to - from + most - 1) / most : 0;
+    int64_t root = CHUNK;
+    while (root * root < to - from) root *= 2;
+    const int64_t most = IS_SUM(pass) ? root : (1 << BACK) / (c ? c : 1) + 4, chunks = s == 1 ? (to - from + most - 1) / most : 0;
     for (int64_t k = 0; k < chunks; k++) {
         const int64_t row = from + (IS_SUM(pass) ? k : chunks - 1 - k) * most, some = to - row < most ? to - row : most;
         double *sums = AT(work->sums, part * 4 * c * 8), *chunk = AT(sums, 2 * c * 8);
