@@ -48,8 +48,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     counts each forward once.
 
     Args:
-        model: any model with layers of ours. Code that torch.compile has compiled runs eagerly inside, in all threads, for
-            its calls are not seen.
+        model: any model with layers of ours. Code that torch.compile has compiled before runs eagerly inside, in all
+            threads, for its calls are not seen.
 
     Raises:
         ValueError: the model itself is compiled, its statistics are accumulated already, or none of its batch norm layers is

@@ -53,7 +53,7 @@ def sync_batch_norm(
             the input are 0, whatever the input is there, NaN too, in training and without.
 
     Returns:
-        (N, C, *) in the dtype of `input` and the strides of torch.empty_like(input).
+        (N, C, *) in the dtype of `input`, in training with the strides of torch.empty_like(input).
 
     Raises:
         ValueError: fewer than 2 dimensions, channels or a mask that do not fit, one running statistic of the two, negative eps,

@@ -9,7 +9,7 @@ Requirements
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,6 +35,20 @@ HELD = (
 def _refused(problem: str) -> ValueError:
     rank, size = collectives.rank_and_size()
     return ValueError(f"{problem} (rank {rank} of {size})")
+
+
+class _Hook:
+    """Of the wrapper's forward; in a copy of the wrapper, or a pickle, one that does nothing."""
+
+    def __init__(self, does: Callable[..., None] | None = None) -> None:
+        self.does = does
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+    def __call__(self, *args: Any) -> None:
+        if self.does is not None:
+            self.does(*args)
 
 
 class SyncBatchNormJoin(Joinable):
@@ -91,8 +105,8 @@ class SyncBatchNormJoin(Joinable):
             layer._syncbn = layer._syncbn._replace(group=Group(self.group), path=path)
         self.layers = list(layers.values())
         self.contexts = 0  # made so far: the same number on every rank
-        ddp.register_forward_pre_hook(self._before_forward, prepend=True)
-        ddp.register_forward_hook(self._after_forward)
+        ddp.register_forward_pre_hook(_Hook(self._before_forward), prepend=True)
+        ddp.register_forward_hook(_Hook(self._after_forward))
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Of a new context, which alone holds its schedule: unless a name keeps it, it goes when an exception leaves it."""

@@ -30,6 +30,13 @@ class Binding(NamedTuple):
     parametrized: type[nn.Module] | None = None  # the class before conversion, if it was parametrized
     theirs: Group | None = None  # of a torch.nn.SyncBatchNorm that had a group before conversion
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Binding":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without torch's class of parametrizations, which no pickle takes and `revert` can make anew."""
+        return Binding, tuple(self._replace(parametrized=None))
+
 
 ALL_RANKS = Binding(Group())
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -53,7 +53,8 @@ def update_bn_stats(
     no value keeps its statistics. Every rank of the layers' groups calls this, with the same model, and every rank of the job
     where a layer has a group_size: groups of a size run forwards together to the end of the longest loader, so that fully_shard
     may gather over all of them. Layers whose groups were given as such go on with their own group only: under fully_shard over
-    more ranks than these, bring as many batches to each. What is compiled by torch.compile runs eagerly.
+    more ranks than these, bring as many batches to each. What torch.compile has compiled before
+    runs eagerly.
 
     **Which layers.** Those in training mode; all of them if no module of the model is in training mode. So layers in eval mode
     in a training model are frozen: they normalize by their statistics and keep them, as do modules that are no nn.BatchNorm*.

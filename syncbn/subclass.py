@@ -159,12 +159,12 @@ class _Redirect(TorchFunctionMode):
         super().__init__()
         self.site = site
         self.calls = 0
+        self.evaluated = False  # by running statistics, as a layer does that is frozen in the user's
         self.inside = False  # in our own forward, whose F.batch_norm is meant
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm and not self.inside:
-            self.count()
             return self._batch_norm(*args, **kwargs)
         if func is train and args[3] == self.site:
             self.count()
@@ -182,7 +182,9 @@ class _Redirect(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         if not training:
+            self.evaluated = True
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        self.count()
         running = None
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, None, momentum)
@@ -197,7 +199,7 @@ class _Redirect(TorchFunctionMode):
 
     def finish(self) -> None:
         """Raise if the layer has not normalized."""
-        if self.calls == 0:
+        if self.calls == 0 and not self.evaluated:
             raise self._wrong("without F.batch_norm or super().forward")
 
     def _wrong(self, how: str) -> ValueError:

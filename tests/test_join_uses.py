@@ -4,6 +4,7 @@ Rank 0 has no batch in an epoch that counts, so that it has to be told every cal
 
 import contextlib
 import functools
+import io
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tolerance import FAR, assert_same_state
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from uneven import share, whole
 
@@ -199,6 +201,26 @@ def test_a_join_that_is_switched_off_does_nothing():
     check("_switched_off", model)
 
 
+def _copied(world):
+    """An average of weights beside the wrapper, as torch makes it: by copies, which run no schedule of their own."""
+    ddp, joined, optimizer = wrapped(Net())
+    average = AveragedModel(ddp)
+    with pytest.raises(TypeError, match=r"given a layer with process_group=.* cannot be pickled; expected no group"):
+        torch.save(ddp, io.BytesIO())
+    with Join([joined, ddp]):
+        epoch(world, ddp, optimizer, UNEVEN)
+    average.update_parameters(ddp)
+    assert all(torch.equal(a, b) for a, b in zip(average.module.parameters(), ddp.parameters(), strict=True))
+    assert average(torch.ones(4, 2, 9, 9, dtype=torch.float64)).isfinite().all()
+    return ddp.module.state_dict()
+
+
+def test_a_wrapper_can_be_copied():
+    model = Net()
+    one_process(model, torch.optim.SGD(model.parameters(), lr=0.001), UNEVEN)
+    check("_copied", model)
+
+
 def message_of(kind, function):
     try:
         function()
@@ -340,5 +362,6 @@ CASES = [
     _cut_short,
     _under_other_names,
     _switched_off,
+    _copied,
     _other_layers_in_each_context,
 ]

@@ -317,6 +317,36 @@ def test_a_batch_norm_inside_a_users_batch_norm_counts_for_itself(outer, forced)
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7, msg=name)
 
 
+class AroundFrozen(nn.BatchNorm2d):
+    """Behind a batch norm that goes by its running statistics, in training too."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.inner = nn.BatchNorm2d(channels)
+        self.inner.running_mean += 2
+        self.inner.running_var *= 3
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.inner.eval()
+        return self
+
+    def forward(self, x):
+        return super().forward(self.inner(x) * 2)
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_a_frozen_batch_norm_inside_a_users_batch_norm_counts_for_nothing(forced):
+    x, layer = torch.randn(8, C, 3, 3), syncbn.convert(AroundFrozen(C).train())
+    for each in layer.modules():
+        each._force_sync = forced
+    share = (x - 2) / (3 + 1e-5) ** 0.5 * 2
+    expected = oracle.batch_norm([share], [torch.zeros_like(share)])
+    torch.testing.assert_close(layer(x).double(), expected.y[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean.double(), expected.running_mean, rtol=1e-5, atol=1e-5)
+    assert layer.inner.running_mean.tolist() == [2.0] * C
+
+
 def test_dropout_inside_a_users_forward_stays():
     layer = syncbn.convert(Activated(C, drop=0.5))
     layer._force_sync = True
@@ -469,6 +499,16 @@ def test_parametrizations_removed_after_conversion_stay_removed():
     syncbn.revert(model)
     assert [type(layer) for layer in model] == [nn.BatchNorm2d, Scaled]
     assert torch.equal(model[0].weight, weight)
+
+
+def test_a_layer_whose_parametrizations_were_removed_can_be_pickled():
+    model = syncbn.convert(parametrized())
+    for layer in model:
+        parametrize.remove_parametrizations(layer, "weight")
+    read = pickle.loads(pickle.dumps(model))
+    x = torch.randn(4, C, 3, 3)
+    assert torch.equal(read(x), model(x))
+    assert [type(layer) for layer in syncbn.revert(read)] == [nn.BatchNorm2d, Scaled]
 
 
 def test_parametrizations_registered_after_conversion_stay():
