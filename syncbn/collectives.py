@@ -218,6 +218,14 @@ def _observed_all_reduce(message: Tensor, call: Call, observers: tuple[Observer,
     return Reduced(message, hold)
 
 
+def reduce_together(messages: list[Tensor], name: str, group: ProcessGroup) -> list[Tensor]:
+    """The sums over the group of float64 messages, each on its own device, by one all_reduce."""
+    packed = torch.cat([message.to(messages[0].device) for message in messages])
+    call = Call(name, "control", len(packed), packed.dtype, group)
+    sums = all_reduce(packed, call).message.split([len(message) for message in messages])
+    return [total.to(message.device) for total, message in zip(sums, messages, strict=True)]
+
+
 def traced_all_reduce(message: Tensor, call: Call) -> Tensor:
     """As `all_reduce`, for compiled code: a new tensor, by an operator that stays in the graph, unobserved."""
     return message.clone() if call.group is None else functional.all_reduce(message, "sum", call.group)

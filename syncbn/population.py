@@ -8,7 +8,6 @@ Requirements
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,15 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from . import collectives, equations, observing
+from . import equations, observing
 from .accumulation import Calls, eagerly, unwrapped
-from .collectives import Call, Group, ProcessGroup
+from .collectives import Group, ProcessGroup, reduce_together
 from .convert import convert, revert
+from .lockstep import inputs_in_step
 from .module import _Synchronized
 from .progress import bar_over
-from .trees import emptied
-
-NO_BATCH = object()
 
 # The names of the collectives in error messages.
 UPDATE, POOL = "update_bn_stats", "pool_running_stats"
@@ -96,7 +93,7 @@ def update_bn_stats(
         stack.enter_context(observing.forwards_apart(layers))
         stack.enter_context(Calls([layer for layer in layers if _tracks(layer)], add).watch())
         bar = stack.enter_context(bar_over(loader, num_batches, "population statistics", progress))
-        for inputs in _steps(loader, num_batches, groups, _device(layers)):
+        for inputs in inputs_in_step(loader, num_batches, groups, _device(layers), UPDATE):
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
             bar.update()
     _combine([layer for layer in local if _tracks(layer)], sums)
@@ -133,13 +130,13 @@ def _mix(layers: list[Any], group: ProcessGroup) -> None:
     weights = [_weight(layer) for layer in layers]  # () each
     packed = [torch.cat([w * mean, mean, w.view(1)]) for w, mean in zip(weights, means, strict=True)]
     pooled, spreads = [], []
-    for layer, mean, weight, total in zip(layers, means, weights, _reduce_all(packed, POOL, group), strict=True):
+    for layer, mean, weight, total in zip(layers, means, weights, reduce_together(packed, POOL, group), strict=True):
         weighted, plain, (all_weights,) = total.split([len(mean), len(mean), 1])
         counted = all_weights > 0
         pooled.append(torch.where(counted, weighted / all_weights, plain / group.size()))
         share = torch.where(counted, weight / all_weights, 1 / group.size())
         spreads.append(share * (layer.running_var.double() + (mean - pooled[-1]).square()))
-    for layer, mean, var in zip(layers, pooled, _reduce_all(spreads, POOL, group), strict=True):
+    for layer, mean, var in zip(layers, pooled, reduce_together(spreads, POOL, group), strict=True):
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
 
@@ -218,62 +215,6 @@ def _groups(layers: list[Any]) -> list[ProcessGroup]:
     return [group for group in dict.fromkeys(found) if group is not None and group.size() > 1]
 
 
-def _steps(loader: Iterable[Any], num_batches: int | None, groups: list[ProcessGroup], device: torch.device) -> Iterator[Any]:
-    """This rank's input at each step, until no rank has one; without samples once this rank has run out."""
-    batches = itertools.islice(loader, num_batches)
-    batch = next(batches, NO_BATCH)
-    some, lacking, _ = _agree([batch is not NO_BATCH, batch is NO_BATCH, False], groups, device)
-    if not some or lacking:
-        rank, size = collectives.rank_and_size()
-        given = "no batch" if batch is NO_BATCH else "batches, and another rank none"
-        raise ValueError(f"given a loader of {given} on rank {rank} of {size}; expected one batch or more on each rank")
-    inputs = None
-    while some:
-        inputs = inputs if batch is NO_BATCH else _input_of(batch)
-        yield inputs
-        batch, problem = next(batches, NO_BATCH), None
-        if batch is NO_BATCH and groups:
-            try:
-                inputs = _emptied(inputs)
-            except TypeError as error:
-                problem = error
-        some, _, stuck = _agree([batch is not NO_BATCH, batch is NO_BATCH, problem is not None], groups, device)
-        if some and stuck:
-            rank, size = collectives.rank_and_size()
-            found = problem or "given a batch, and another rank, out of them, none that it can empty; expected as many on each"
-            raise TypeError(f"{found} (rank {rank} of {size})")
-
-
-def _input_of(batch: Any) -> Any:
-    if not isinstance(batch, (list, tuple)):
-        return batch
-    if not batch:
-        rank, size = collectives.rank_and_size()
-        raise ValueError(f"given an empty {type(batch).__name__} on rank {rank} of {size}; expected a batch, its input first")
-    return batch[0]
-
-
-def _emptied(inputs: Any) -> Any:
-    """The input of a step without its samples. TypeError as `trees.emptied`."""
-    return {name: emptied(value) for name, value in inputs.items()} if isinstance(inputs, Mapping) else emptied(inputs)
-
-
-def _agree(flags: list[bool], groups: list[ProcessGroup], device: torch.device) -> list[bool]:
-    """Whether each is true on a rank of the groups."""
-    found = torch.tensor(flags, dtype=torch.float64, device=device)
-    for group in groups:
-        found = _reduce_all([found], UPDATE, group)[0].clamp(max=1)
-    return found.bool().tolist()
-
-
-def _reduce_all(messages: list[Tensor], name: str, group: ProcessGroup) -> list[Tensor]:
-    """The sums over the group of float64 messages, each on its own device, by one all_reduce."""
-    packed = torch.cat([message.to(messages[0].device) for message in messages])
-    call = Call(name, "control", len(packed), packed.dtype, group)
-    sums = collectives.all_reduce(packed, call).message.split([len(message) for message in messages])
-    return [total.to(message.device) for total, message in zip(sums, messages, strict=True)]
-
-
 def _terms(message: Tensor, pooled: bool) -> Tensor:
     """What a mini-batch adds to the sums: (2C+3,) of means, variances (second moments if pooled), their weights, batches."""
     mean, var, n = equations.statistics(message)
@@ -288,7 +229,7 @@ def _combine(layers: list[Any], sums: dict[Any, Tensor]) -> None:
     if layers and group is not None and group.size() > 1:
         nothing = [layer.running_mean.new_zeros(2 * layer.num_features + 3, dtype=torch.float64) for layer in layers]
         mine = [sums.get(layer, zeros) for layer, zeros in zip(layers, nothing, strict=True)]
-        sums.update(zip(layers, _reduce_all(mine, UPDATE, group), strict=True))
+        sums.update(zip(layers, reduce_together(mine, UPDATE, group), strict=True))
 
 
 def _write(layer: Any, sums: Tensor, pooled: bool) -> None:
