@@ -37,14 +37,14 @@ def cross_entropy(module, batch):
     return F.cross_entropy(module(batch[0]), batch[1])
 
 
-def module():
+def module(inplace):
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.net = network()
 
         def forward(self, x):
-            return self.net(x)
+            return self.net(x.sub_(1.5).mul_(2.0) if inplace else x)
 
         def training_step(self, batch, index):
             return cross_entropy(self, batch)
@@ -55,7 +55,7 @@ def module():
     return Module()
 
 
-def fit(rank, size, callbacks, directory):
+def fit(rank, size, callbacks, directory, inplace=False):
     """(what was logged by step, the state afterwards)."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {name: str(value) for name, value in places.items()} | {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
@@ -70,20 +70,20 @@ def fit(rank, size, callbacks, directory):
         accelerator="cpu", devices=size, strategy="ddp", max_epochs=1, logger=Log(), callbacks=callbacks,
         enable_checkpointing=False, default_root_dir=directory, plugins=[SyncBatchNormPlugin()], **quiet,
     )  # fmt: skip
-    made = module()
+    made = module(inplace)
     trainer.fit(made, DataLoader(batches(rank, size), batch_size=None))
     return logged, {name: value.clone() for name, value in made.net.state_dict().items()}
 
 
-def _fits(world, directory):
+def _fits(world, directory, inplace):
     told = []
     callbacks = [
         analysis.GradientGrowthMonitor(cross_entropy, told.append),
         analysis.GradientCorrelationMonitor(cross_entropy, 2),
         analysis.GradientLandscapeMonitor(cross_entropy, 4),
     ]
-    watched = fit(world.rank, world.size, callbacks, directory)
-    plain = fit(world.rank, world.size, [], directory)
+    watched = fit(world.rank, world.size, callbacks, directory, inplace)
+    plain = fit(world.rank, world.size, [], directory, inplace)
     return watched, plain, told
 
 
@@ -102,7 +102,7 @@ def expected():
 
 
 def test_callbacks_log_the_measures_and_change_nothing(tmp_path):
-    results = worlds.run_fresh(2, _fits, str(tmp_path), timeout=120)
+    results = worlds.run_fresh(2, _fits, str(tmp_path), False, timeout=120)
     for (_, state), (_, plain), _ in results:
         assert all(torch.equal(state[name], plain[name]) for name in plain)
     (logged, _), _, told = results[0]
@@ -122,6 +122,11 @@ def test_callbacks_log_the_measures_and_change_nothing(tmp_path):
         if step % 4 == 0:
             assert metrics["analysis/effective_beta"] == pytest.approx(landscape.effective_beta, rel=1e-8)
             assert metrics["analysis/loss_range"] == pytest.approx(landscape.loss_range, rel=1e-8)
+
+
+def test_callbacks_leave_a_batch_that_forward_writes_to(tmp_path):
+    for (_, state), (_, plain), _ in worlds.run_fresh(2, _fits, str(tmp_path), True, timeout=120):
+        assert all(torch.equal(state[name], plain[name]) for name in plain)
 
 
 def test_both_namespaces_take_the_callbacks():

@@ -3,7 +3,7 @@
 Requirements
     - the objective is the mean over the ranks of `loss(model, batch)`, as DistributedDataParallel has it: gradients are
       averaged first and compared afterwards, for a mean of the ranks' cosines or norms is not that of the mean gradient;
-    - every pass begins with the same buffers and the same random state;
+    - every pass begins with the same buffers, the same random state and the same batch;
     - whatever happens, an exception included, parameters, buffers, gradients, modes and random state are as before, and a
       graph that was made before can still be differentiated, if the measure takes no steps;
     - every rank runs the same passes: nothing here depends on the values of one rank.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import observing
 from ..accumulation import Calls, eagerly, unwrapped
 from ..collectives import GroupLike
+from .batch import copied
 from .ranks import resolve, size_of, sum_over_ranks
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -91,7 +92,9 @@ def objective(model: nn.Module, loss: Loss, batch: Any, process_group: GroupLike
         model: any module, in DistributedDataParallel or not; it stays in the mode it is in, and a compiled one runs eagerly.
         loss: called with the model (out of its wrappers) and the batch, gives the mean loss of this rank's share, (). Where
             shares are unequal, times n_rank·W/n, so that the mean over ranks is that of all samples.
-        batch: this rank's share, handed to `loss`.
+        batch: this rank's share. Each pass hands `loss` a copy of its own, for a forward may normalize its input in place:
+            tensors in lists, tuples, named tuples, dict, UserDict and dataclasses are copied; other containers, and what
+            else there is, stay as they are, and must not be written to.
         process_group: the ranks whose shares make the batch; None: all ranks. Each of them comes.
 
     Raises:
@@ -117,6 +120,7 @@ class Objective:
         self.model, self.loss, self.batch, self.state = model, loss, batch, state
         self.group = resolve(process_group)
         self.size = size_of(self.group)
+        self.own = [*model.parameters(), *model.buffers()]
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if torch.is_inference_mode_enabled():
             raise ValueError("given a measure inside of torch.inference_mode(); expected it outside: gradients are taken")
@@ -128,7 +132,7 @@ class Objective:
     def local(self) -> Tensor:
         """This rank's part of the objective, () with its graph: loss(model, batch)/W. The parts add up to the objective."""
         self.state.begin()
-        value = self.loss(self.model, self.batch)
+        value = self.loss(self.model, copied(self.batch, self.own))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"given a loss that returns {given}; expected a tensor of one value that needs a gradient")
