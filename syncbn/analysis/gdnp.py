@@ -77,9 +77,9 @@ def gdnp_least_squares(
 
         w ← w + (‖w‖_S²/(L·u·w))·u − S·w/L          ρ(w_t) − ρ* ≤ (1 − µ/L)^(2t)·(ρ(w_0) − ρ*)
 
-    (Kohler et al. 2018, arXiv:1805.10694, section 4.) That is the direction of gradient descent with step 1/L, which has
-    the same bound: the gain over it is a constant. x and y are centred first, as batch norm and its shift do, so that
-    no assumption on the mean of x is needed.
+    (Kohler et al. 2018, arXiv:1805.10694, section 4.) That is the direction of gradient descent with step 1/(2L), f having
+    smoothness 2L, which has the same bound: the gain over it is a constant. x and y are centred first, as batch norm and its
+    shift do, so that no assumption on the mean of x is needed.
 
     Args:
         x: (n, d) this rank's rows; any number, also none. Computed in float64.

@@ -39,7 +39,8 @@ def write(figure: Any, path: str) -> None:
 
 
 def legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=9)
+    """Over the curves, and readable there."""
+    axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
 
 
 def powers_of_two(axes: Any, values: Sequence[float]) -> None:

@@ -33,10 +33,11 @@ from .gdnp_problems import (
 ROUNDING = 1 + 1e-4  # a measured rate over its bound: the bounds are tight
 
 NOTES = [
-    "gradient descent is not sub-linear on least squares with positive definite S: with step 1/L it has the same bound "
-    "(1−µ/L)^(2t); GDNP is that direction with the best length, 15 % fewer iterations at the median of 80 random problems, up "
-    "to 28 % more on 6 of them. What is gained is that batch norm converges for any step, where gradient descent diverges "
-    "above 2/L",
+    "gradient descent is not sub-linear on least squares with positive definite S: with step 1/(2L) it has the same bound "
+    "(1−µ/L)^(2t); GDNP is that direction with the best length: to 1e-10 of f−f* at the start, 15 % fewer iterations at the "
+    "median of 80 random problems of condition 10, 20 % at condition 100, up to 2 % more on 2 of them and 7 % more on 4 "
+    "(quadratic(condition, 1000·n), n < 80). What is gained is that batch norm converges for any step, where gradient descent "
+    "diverges above 1/L",
     "the halfspace step takes h = E φ'·(u·w) − E φ''·(u·w̃)(u·w); with E φ''·(u·w)² as published the linear rate is lost",
     "the bisection's term is 4^−(T+1)·(ζ|b−a|/µ)²; no best length exists for bounded losses such as the sigmoid: reported",
     "the Rayleigh rate is of the A-metric's gradient, exponent 2 per step; with the Euclidean gradient and A ≠ I it fails",
@@ -115,7 +116,7 @@ def decoupling(seeds: tuple[int, ...]) -> list[Claim]:
 
 
 def least_squares(conditions: tuple[float, ...], settings: Settings) -> tuple[list[Claim], dict[str, Tensor]]:
-    """GDNP against its bound and against gradient descent with step 1/L."""
+    """GDNP against its bound and against gradient descent with step 1/(2L)."""
     rates, claims, path = [], [], {}
     for condition in settings.track(conditions, "gdnp: least squares"):
         counts = []
@@ -129,7 +130,7 @@ def least_squares(conditions: tuple[float, ...], settings: Settings) -> tuple[li
             counts.append((iterations(above / above[0], 1e-10), iterations(plain / plain[0], 1e-10)))
             if condition == 100:
                 bound = above[0] * problem.rate ** torch.arange(steps + 1)
-                path = {"gradient descent, step 1/L": plain, "GDNP": above, "bound": bound}
+                path = {"gradient descent, step 1/(2L)": plain, "GDNP": above, "bound": bound}
         needed = math.log(1e-10) / math.log(problem.rate)
         text = f"least squares, condition {condition:g}: iterations to 1e-10, "
         claims.append(at_most(text + "most, over the bound's", greatest(mine for mine, _ in counts) / needed, 1 + 1 / needed))
