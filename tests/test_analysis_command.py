@@ -1,5 +1,6 @@
 """`python -m syncbn analyze`: what is said before anything starts, the exit status, the user's own network, and torchrun."""
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -16,7 +17,7 @@ import worlds
 from torch import nn
 
 from syncbn.__main__ import main
-from syncbn.analysis import claims, run
+from syncbn.analysis import claims, plots, run
 from syncbn.analysis.claims import Claim, Outcome, at_least, at_most, near
 from syncbn.analysis.experiments import growth as experiment
 
@@ -65,7 +66,11 @@ def _here(monkeypatch):
         (["analyze", "growth", "--model", "a"], "given 'a'; expected module:function"),
         (["analyze", "noise", "--seeds", "-1"], "given '-1'; expected a whole number"),
         (["analyze", "noise", "--seeds", "x"], "given 'x'; expected a whole number"),
-        (["analyze", "noise", "--out", "/nowhere"], "expected a directory that can be written to"),
+        (
+            ["analyze", "noise", "--out", "/nowhere"],
+            "given --out /nowhere; expected a directory that can be written to: /nowhere",
+        ),
+        (["analyze", "gdnp", "--out", "/proc"], "given --out /proc; expected a directory that can be written to: /proc"),
     ],
 )
 def test_usage_errors(arguments, message, capsys):
@@ -125,6 +130,55 @@ def test_the_exit_status_is_that_of_the_claims(measured, status, said, monkeypat
     assert "note: a note" in out
     assert ("FAILS" in out) == (status == 1)
     assert (tmp_path / "syncbn-growth.png").read_bytes().startswith(PNG)
+
+
+def test_a_picture_that_cannot_be_written_is_said_first(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(experiment, "run", lambda settings: pytest.fail("began"))
+    (tmp_path / "syncbn-growth.png").mkdir()
+    for what in ("growth", "all"):
+        with pytest.raises(SystemExit) as exit_:
+            main(["analyze", what, "--out", str(tmp_path)])
+        assert exit_.value.code == 2
+        said = f"expected a directory that can be written to: {tmp_path / 'syncbn-growth.png'}: Is a directory"
+        assert said in capsys.readouterr().err
+
+
+def test_a_directory_is_not_asked_for_a_picture_that_is_not_drawn(capsys):
+    assert main(["analyze", "growth", "--model", f"{MODULE}:deep", "--out", "/nowhere"]) == 0
+    assert "first layer over last" in capsys.readouterr().out
+
+
+def test_a_picture_that_is_there_is_written_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "run", lambda settings: outcome(0.0))
+    (path := tmp_path / "syncbn-growth.png").write_text("old")
+    assert main(["analyze", "growth", "--out", str(tmp_path)]) == 0
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_claims_are_printed_where_the_picture_fails(monkeypatch, capsys, tmp_path):
+    def full(figure, path):
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr(experiment, "run", lambda settings: outcome(0.5))
+    monkeypatch.setattr(plots, "write", full)
+    assert main(["analyze", "growth", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"a claim +≤ 1 +0.5 +holds", said.out)
+    assert "note: a note" in said.out
+    assert "picture" not in said.out
+    path = tmp_path / "syncbn-growth.png"
+    assert said.err == f"syncbn analyze: {path} cannot be written or read (OSError: No space left on device)\n"
+
+
+def test_a_pipe_that_breaks_is_no_file_that_cannot_be_written(monkeypatch, tmp_path):
+    def gone(settings):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(experiment, "run", gone)
+    run.add_command((parser := argparse.ArgumentParser()).add_subparsers())
+    options = parser.parse_args(["analyze", "growth", "--out", str(tmp_path)])
+    with pytest.raises(BrokenPipeError):
+        options.run(options)
 
 
 def test_all_runs_every_experiment(monkeypatch, tmp_path):

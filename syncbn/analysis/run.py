@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import collectives, environment
-from ..options import Defaults, function_name, whole
+from ..options import Defaults, file_problem, function_name, whole
 
 NAMES = ("noise", "shift", "growth", "smoothness", "gdnp")
 PARALLEL = ("growth", "shift")
@@ -44,7 +45,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--seeds", type=whole(0, 2**31 - 1), nargs="+", default=[0, 1, 2], metavar="N", help="of networks and data"
     )
-    parser.add_argument("--out", type=_directory, default=Path("."), metavar="DIR", help="where syncbn-<experiment>.png goes")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where syncbn-<experiment>.png goes")
     parser.add_argument(
         "--model",
         type=function_name,
@@ -53,12 +54,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "(model, batch, loss), where loss(model, batch) is the mean loss of this rank's share",
     )
     parser.set_defaults(run=lambda options: run(options, parser))
-
-
-def _directory(text: str) -> Path:
-    if not os.access(text, os.W_OK) or not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"given {text!r}; expected a directory that can be written to")
-    return Path(text)
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -73,6 +68,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"given {ranks} ranks for {options.what}; expected one: only {' and '.join(PARALLEL)} run data parallel")
     if ranks > 1 and options.model is None and BATCH % ranks:
         parser.error(f"given {ranks} ranks; expected a number that divides the batch of {BATCH}")
+    problem = None if options.model is not None else unwritable(options.out, chosen(options.what))
+    if problem is not None:
+        parser.error(problem)
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing and options.model is None:
         say(f'{", ".join(missing)} not installed; expected what the experiments need: pip install "syncbn[analysis]"')
@@ -86,6 +84,34 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except collectives.CollectiveError as error:
         say(str(error))
         return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        say(file_problem(error))
+        return 1
+
+
+def chosen(what: str) -> tuple[str, ...]:
+    """The experiments that the argument names."""
+    return NAMES if what == "all" else (what,)
+
+
+def picture(directory: Path, name: str) -> Path:
+    """Of an experiment."""
+    return directory / f"syncbn-{name}.png"
+
+
+def unwritable(directory: Path, names: Sequence[str]) -> str | None:
+    """Why pictures of these experiments cannot be written there, if they cannot."""
+    path = directory
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+        for path in (picture(directory, name) for name in names):
+            if path.exists():
+                path.open("r+b").close()
+    except OSError as error:
+        return f"given --out {directory}; expected a directory that can be written to: {path}: {error.strerror}"
+    return None
 
 
 @contextlib.contextmanager
@@ -113,16 +139,17 @@ def _experiments(options: argparse.Namespace) -> int:
 
     speaks = collectives.rank_and_size()[0] == 0
     failed, start = 0, time.perf_counter()
-    for name in NAMES if options.what == "all" else (options.what,):
+    for name in chosen(options.what):
         experiment = importlib.import_module(f"{__package__}.experiments.{name}")
         outcome = experiment.run(Settings(options.quick, tuple(options.seeds), track))
         failed += sum(not claim.holds for claim in outcome.claims)
         if speaks:
-            path = options.out / f"syncbn-{name}.png"
+            print(f"\n{name}\n\n{shown(outcome)}", flush=True)
+            path = picture(options.out, name)
             figure = new_figure(f"{name}, seeds {' '.join(map(str, options.seeds))}")
             outcome.draw(figure)
             write(figure, str(path))
-            print(f"\n{name}\n\n{shown(outcome)}\npicture: {path}", flush=True)
+            print(f"picture: {path}", flush=True)
     if speaks:
         result = "every claim holds" if not failed else f"{failed} claim{'s' * (failed > 1)} FAILED"
         print(f"\n{result}; {time.perf_counter() - start:.0f} s", flush=True)
