@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -488,6 +489,37 @@ def test_a_reader_that_has_read_enough(buffered):
         error = doctor.stderr.read()
         assert doctor.wait(60) == 1
     assert error == "syncbn: [Errno 32] Broken pipe: nobody reads what is printed, or a process is gone\n"
+
+
+def waits_for_ever():
+    print("waits", flush=True)
+    time.sleep(60)
+
+
+def test_an_interrupt():
+    """A line, and no frames."""
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "syncbn", "doctor", f"--model={MODULE}:waits_for_ever"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits SIGINT ignored, not handled
+    try:
+        doctor = subprocess.Popen(command, env=os.environ | more, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with doctor:
+        assert "waits\n" in iter(doctor.stdout.readline, "")
+        doctor.send_signal(signal.SIGINT)
+        assert doctor.wait(60) == 130
+        assert doctor.stderr.read() == "syncbn doctor: rank 0: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["start", "examine"])
+def test_an_interrupt_leaves_no_job(name, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with mock.patch.object(run, name, side_effect=KeyboardInterrupt):
+        assert main(["doctor", "--device=cpu"]) == 130
+    assert capsys.readouterr() == ("", "syncbn doctor: rank 0: interrupted\n")
+    assert not torch.distributed.is_initialized()
 
 
 NAMES_THREADS = """

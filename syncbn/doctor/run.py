@@ -3,7 +3,8 @@
 Requirements
     - started alone, or by torchrun on each machine of a job; every rank comes to every check, rank 0 speaks;
     - what ranks say to each other goes over Gloo on the CPU, beside the backend that is examined;
-    - the exit status is 0 on every rank if everything holds, else 1; a rank that never comes is an error after --timeout.
+    - the exit status is 0 on every rank if everything holds, else 1, and 130 on one that is interrupted; a rank that never
+      comes is an error after --timeout.
 """
 
 import argparse
@@ -25,7 +26,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="examine this machine, or a job under torchrun: versions, exactness, latency, what a model costs",
         description="Show versions, devices and network of every rank, and whether they agree; check that the layer is batch "
         "norm of the whole batch in every dtype; measure a layer's collectives and, with --model, what they cost a model. "
-        "Start it alone, or by torchrun as you start your training. Exit status: 0 if everything holds, 1 if not.",
+        "Start it alone, or by torchrun as you start your training. Exit status: 0 if everything holds, 1 if not, 2 for a "
+        "usage error, 130 if interrupted.",
         formatter_class=Defaults,
     )
     parser.add_argument(
@@ -42,6 +44,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Examine the job; the exit status."""
+    try:
+        return joined(options)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+
+
+def joined(options: argparse.Namespace) -> int:
     """Join the job, examine it, leave it; the exit status."""
     problem = environment.problem()
     if problem is not None:
@@ -64,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     try:
         status = examine(options, device)
-    except BrokenPipeError:
+    except (BrokenPipeError, KeyboardInterrupt):
         if device.type == "cpu":  # joins Gloo's threads: one that lets go of a tensor while Python ends would abort it
             torch.distributed.destroy_process_group()
         raise
