@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+PARTS = {"settings", "progress", "network", "optimizer"}
 ADVICE = "The file is left as it is: move it away to begin anew, or give another --checkpoint."
 
 
@@ -50,7 +51,7 @@ class Checkpoint(NamedTuple):
         Raises:
             CheckpointError: on every rank: the file is no checkpoint of a run with these settings, or could not be written.
         """
-        state = self._shared(self._read(self.path) if self.path is not None and self.rank == 0 else None)
+        state = self._shared(read(self.path, self.settings, PARTS) if self.path is not None and self.rank == 0 else None)
         if state is None:
             return Progress()
         self.network.load_state_dict(state["network"])
@@ -84,27 +85,28 @@ class Checkpoint(NamedTuple):
             return unwritable(error.__context__ or error)
         return None
 
-    def _read(self, path: Path) -> dict[str, Any] | str | None:
-        """The state, or what is wrong with the file or its place."""
-        try:
-            if not path.parent.is_dir():
-                return "in a folder that is not there; expected one that is"
-            if path.is_dir():
-                return "which is a folder; expected a file"
-            beside(path).open("wb").close()
-            beside(path).unlink()
-        except OSError as error:
-            return unwritable(error)
-        if not path.exists():
-            return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a file may make the reader raise anything
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            return f"truncated or not a checkpoint ({reason}). {ADVICE}"
-        if not isinstance(state, dict) or set(state) != {"settings", "progress", "network", "optimizer"}:
-            return difference(None, self.settings)
-        return difference(state["settings"], self.settings) or state
+
+def read(path: Path, settings: dict[str, Any], parts: set[str]) -> dict[str, Any] | str | None:
+    """The state of these parts, None where there is no file yet, or what is wrong with it or its place."""
+    try:
+        if not path.parent.is_dir():
+            return "in a folder that is not there; expected one that is"
+        if path.is_dir():
+            return "which is a folder; expected a file"
+        beside(path).open("wb").close()
+        beside(path).unlink()
+    except OSError as error:
+        return unwritable(error)
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file may make the reader raise anything
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"truncated or not a checkpoint ({reason}). {ADVICE}"
+    if not isinstance(state, dict) or not parts <= set(state):
+        return difference(None, settings)
+    return difference(state["settings"], settings) or state
 
 
 def beside(path: Path) -> Path:

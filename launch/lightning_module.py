@@ -1,14 +1,18 @@
 """The network of launch/train.py and its steps as a LightningModule, for lightning_train.py."""
 
+import os
 import sys
+from pathlib import Path
 
 import data
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from checkpoint import difference
+from checkpoint import read
 from loop import length
 from train import network, settings
+
+PARTS = {"settings", "state_dict", "optimizer_states", "loops", "global_step"}
 
 
 class Epoch(data.Batches):
@@ -51,7 +55,13 @@ class Training(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint):
         checkpoint["settings"] = self.settings
 
-    def on_load_checkpoint(self, checkpoint):
-        problem = difference(checkpoint.get("settings"), self.settings)
-        if problem is not None:
-            sys.exit(f"lightning_train.py: given {self.trainer.ckpt_path}, {problem}" if self.global_rank == 0 else 1)
+
+def file_of(options, settings: dict) -> Path | None:
+    """The file that Lightning writes, if any. The process that starts the others exits where this run cannot go on from it."""
+    if options.checkpoint is None:
+        return None
+    path = (options.checkpoint.with_suffix(".ckpt") if options.checkpoint.name else options.checkpoint).absolute()
+    problem = read(path, settings, PARTS) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    if isinstance(problem, str):
+        sys.exit(f"lightning_train.py: given {path}, {problem}")
+    return path

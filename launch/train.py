@@ -29,6 +29,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 
+LIGHTNING = """The training of launch/train.py by Lightning, which starts the processes.
+
+    python launch/lightning_train.py --processes 2 --checkpoint run.ckpt
+
+Trains a small network on scikit-learn's digits, or on a folder of images, and shows Lightning's progress. Runs on GPUs with
+NCCL where there is one for each of --processes, else on CPUs with Gloo.
+
+With --checkpoint FILE the state is written at the end of an epoch and of the run, to FILE with the suffix .ckpt in place of its
+own, and where that exists the run goes on from it, also inside an epoch.
+"""
+
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """The type of an option that takes whole numbers from `least` on, to `most` where there is one."""
@@ -72,19 +83,27 @@ def gpus_and_processes() -> tuple[int, int]:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0, variable("LOCAL_WORLD_SIZE", "1")
 
 
+def unfit(batch_norm: str, gpus: int, processes: int) -> str | None:
+    """Why so many processes with so many GPUs cannot have this batch norm, if they cannot."""
+    if batch_norm != "torch" or 0 < processes <= gpus:
+        return None
+    if gpus == 0:
+        return "given 'torch' without a GPU; expected local or syncbn"
+    given = f"given 'torch' with {gpus} GPU{'s' * (gpus > 1)} for {processes} processes of this machine"
+    return f"{given}; expected one for each, or local or syncbn"
+
+
 def batch_norm(text: str) -> str:
-    gpus, processes = gpus_and_processes()
-    if text == "torch" and gpus == 0:
-        raise argparse.ArgumentTypeError("given 'torch' without a GPU; expected local or syncbn")
-    if text == "torch" and gpus < processes:
-        given = f"given 'torch' with {gpus} GPU{'s' * (gpus > 1)} for {processes} processes of this machine"
-        raise argparse.ArgumentTypeError(f"{given}; expected one for each, or local or syncbn")
+    problem = unfit(text, *gpus_and_processes())
+    if problem is not None:
+        raise argparse.ArgumentTypeError(problem)
     return text
 
 
 def arguments(for_lightning: bool = False) -> argparse.ArgumentParser:
     """The options; for Lightning those that it follows, and the number of processes, which it starts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description = LIGHTNING if for_lightning else __doc__
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images, a subfolder per class; default: digits")
     parser.add_argument("--image-size", type=whole(1), default=64, help="what images of a folder are scaled to")
     parser.add_argument("--workers", type=whole(0), default=0, help="processes per rank that read images ahead")
@@ -97,11 +116,12 @@ def arguments(for_lightning: bool = False) -> argparse.ArgumentParser:
     seed = whole(0, 2**64 - 1)  # what torch takes
     parser.add_argument("--seed", type=seed, default=0, help="of the initial network, the split and the order of the data")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write it; go on from it if it exists")
+    its = ", its suffix being .ckpt" if for_lightning else ""
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=f"write it{its}; go on from it if it exists")
     waiting = positive(1e9)  # what a timedelta takes
     parser.add_argument("--timeout", type=waiting, default=600, metavar="SECONDS", help="how long to wait for a process")
     if for_lightning:
-        parser.add_argument("--processes", type=whole(1), default=2)
+        parser.add_argument("--processes", type=whole(1), default=2, help="of this machine; default: 2")
     else:
         parser.add_argument("--checkpoint-every", type=whole(1), default=50, metavar="STEPS")
     return parser

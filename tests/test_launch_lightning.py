@@ -10,6 +10,7 @@ from unittest import mock
 import launched
 import pytest
 import torch
+import train
 from launched import LAUNCH, NEAR, OPTIONS, apart, environment, start
 
 whole = launched.whole
@@ -56,9 +57,70 @@ def test_lightning_writes_nothing_and_begins_anew_without_a_checkpoint(tmp_path,
 
 def test_lightning_waits_as_long_as_it_is_told(monkeypatch):
     """For the others to come, too: what a short wait does is not tried, for processes need some seconds to begin."""
-    lightning = pytest.importorskip("lightning.pytorch")
-    monkeypatch.setattr(lightning, "Trainer", trainer := mock.Mock())
-    monkeypatch.setattr(sys, "argv", ["lightning_train.py", "--processes=1", "--timeout=77"])
-    runpy.run_path(str(LAUNCH / "lightning_train.py"), run_name="__main__")
-    assert trainer.call_args.kwargs["strategy"]._timeout == datetime.timedelta(seconds=77)
+    given = lightning_train(monkeypatch, "--processes=1", "--timeout=77", trainer=(trainer := mock.Mock()))
+    assert given["strategy"]._timeout == datetime.timedelta(seconds=77)
     assert trainer.return_value.fit.call_count == 1
+
+
+def lightning_train(monkeypatch, *options, trainer=None):
+    """What the Trainer is given, by a start in this process that trains nothing."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    monkeypatch.setattr(lightning, "Trainer", trainer := trainer or mock.Mock())
+    monkeypatch.setattr(sys, "argv", ["lightning_train.py", *options])
+    runpy.run_path(str(LAUNCH / "lightning_train.py"), run_name="__main__")
+    return trainer.call_args.kwargs
+
+
+@pytest.mark.parametrize(("gpus", "accelerator"), [(0, "cpu"), (1, "cpu"), (2, "gpu"), (3, "gpu")])
+def test_lightning_runs_on_gpus_where_there_is_one_for_each_process(gpus, accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    given = lightning_train(monkeypatch, "--processes=2")
+    assert (given["accelerator"], given["devices"]) == (accelerator, 2)
+
+
+def test_lightning_has_torchs_batch_norm_with_a_gpu_for_each_process(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert lightning_train(monkeypatch, "--processes=2", "--bn=torch")["sync_batchnorm"]
+    with pytest.raises(SystemExit, match="2"):
+        lightning_train(monkeypatch, "--processes=3", "--bn=torch")
+    expected = "argument --bn: given 'torch' with 2 GPUs for 3 processes of this machine; expected one for each, or local or"
+    assert expected in capsys.readouterr().err
+
+
+def test_the_help_of_lightnings_program_is_of_what_it_does(capsys):
+    told = []
+    for for_lightning in (False, True):
+        with pytest.raises(SystemExit, match="0"):
+            train.arguments(for_lightning).parse_args(["--help"])
+        told.append(" ".join(capsys.readouterr().out.split()))
+    assert "prints the loss of each epoch and the accuracy" in told[0]
+    assert ".ckpt" not in told[0]
+    assert "accuracy" not in told[1]
+    assert "loss" not in told[1]
+    assert "where there is one for each of --processes, else on CPUs" in told[1]
+    assert "to FILE with the suffix .ckpt in place of its own" in told[1]
+    assert "--checkpoint FILE write it, its suffix being .ckpt; go on" in told[1]
+
+
+def test_a_checkpoint_that_lightning_cannot_write_or_use_is_an_error_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.ckpt", "beside.ckpt.part"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
+    torch.save({"settings": {}, "network": {}}, tmp_path / "other.ckpt")
+    expected = {
+        "none/run.ckpt": "in a folder that is not there; expected one that is",
+        "folder.pt": "which is a folder; expected a file",
+        ".": "which is a folder; expected a file",
+        "beside.ckpt": r"which cannot be written \(IsADirectoryError: ",
+        252 * "a": r"which cannot be written \(OSError: ",
+        "garbage.ckpt": r"truncated or not a checkpoint \(UnpicklingError: .*The file is left as it is",
+        "other.ckpt": "which another program wrote. The file is left as it is",
+    }
+    for given, message in expected.items():
+        with pytest.raises(SystemExit, match=rf"^lightning_train.py: given {tmp_path}\S*, {message}"):
+            lightning_train(monkeypatch, f"--checkpoint={given}", trainer=mock.Mock(side_effect=AssertionError))
+    assert (tmp_path / "garbage.ckpt").read_bytes() == b"no checkpoint"
+    assert not (tmp_path / "none").exists()
