@@ -41,24 +41,24 @@ def changed(node: Any, change: Callable[[Tensor], Tensor], empty_lists: bool = F
     """The tree with its tensors changed, in new containers."""
     if isinstance(node, Tensor):
         return change(node)
-    children = _children(node)
+    children = children_of(node)
     if children is None:
         return node
     if empty_lists and type(node) in (list, tuple) and not any(True for _ in tensors_of("", node)):
         return type(node)()
-    return _rebuilt(node, {key: changed(child, change, empty_lists) for key, child in children.items()})
+    return rebuilt(node, {key: changed(child, change, empty_lists) for key, child in children.items()})
 
 
 def tensors_of(path: str, node: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a tree with their paths, in order; those of a mapping that cannot be rebuilt too."""
     if isinstance(node, Tensor):
         yield path, node
-    for key, child in (dict(node) if isinstance(node, Mapping) else _children(node) or {}).items():
+    for key, child in (dict(node) if isinstance(node, Mapping) else children_of(node) or {}).items():
         yield from tensors_of(f"{path}[{key!r}]", child)
 
 
 def _refuse_hidden(node: Any) -> None:
-    children = _children(node)
+    children = children_of(node)
     for child in (children or {}).values():
         _refuse_hidden(child)
     kept = [node] if children is None else []  # as it is, in the empty form
@@ -84,8 +84,8 @@ def _hold_tensors(objects: list[Any]) -> bool:
     return False
 
 
-def _children(node: Any) -> dict[Any, Any] | None:
-    """What a container holds that `_rebuilt` can make anew; None for all else."""
+def children_of(node: Any) -> dict[Any, Any] | None:
+    """What a container holds that `rebuilt` can make anew; None for all else."""
     if type(node) in (list, tuple) or (isinstance(node, tuple) and hasattr(node, "_fields")):
         return dict(enumerate(node))
     if isinstance(node, (dict, UserDict)):
@@ -95,7 +95,7 @@ def _children(node: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _rebuilt(node: Any, children: dict[Any, Any]) -> Any:
+def rebuilt(node: Any, children: dict[Any, Any]) -> Any:
     """A container of the kind of `node` that holds `children`."""
     if type(node) in (list, tuple):
         return type(node)(children.values())

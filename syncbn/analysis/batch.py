@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..trees import _children, _rebuilt
+from ..trees import children_of, rebuilt
 
 
 def copied(batch: Any, kept: Sequence[Tensor] = ()) -> Any:
@@ -24,11 +24,11 @@ def copied(batch: Any, kept: Sequence[Tensor] = ()) -> Any:
 def _copied(node: Any, copies: dict[int, Tensor]) -> Any:
     if isinstance(node, Tensor):
         return copies[id(node)] if id(node) in copies else copies.setdefault(id(node), _clone(node))
-    children = _children(node)
+    children = children_of(node)
     if children is None:
         return node
     if isinstance(node, (list, tuple)):
-        return _rebuilt(node, {key: _copied(child, copies) for key, child in children.items()})
+        return rebuilt(node, {key: _copied(child, copies) for key, child in children.items()})
     same = copy.copy(node)
     if isinstance(node, (dict, UserDict)):
         for key, child in children.items():
