@@ -366,6 +366,11 @@ def test_bad_input():
         gdnp_least_squares(x, y, -1)
     with pytest.raises(ValueError, match="given x or y with values that are not finite"):
         gdnp_least_squares(x * math.nan, y)
+    for value in (math.inf, math.nan):
+        bad = torch.where(torch.arange(4) == 2, value, start)
+        for run in (gdnp_least_squares, gdnp_halfspace):
+            with pytest.raises(ValueError, match=r"given start=tensor.* with values that are not finite; expected numbers"):
+                run(x, labels_of(y), start=bad)
     with pytest.raises(ValueError, match=r"given labels \[False, True\]; expected −1 and 1"):
         gdnp_halfspace(x, torch.arange(len(x)) % 2 == 0)
     with pytest.raises(ValueError, match="given a start of zero"):

@@ -240,6 +240,8 @@ def _start(start: Tensor | None, u: Tensor) -> Tensor:
         raise ValueError(f"given start {tuple(w.shape)}; expected ({len(u)},)")
     if not bool(u.isfinite().all()):
         raise ValueError("given x or y with values that are not finite; expected numbers")
+    if not bool(w.isfinite().all()):
+        raise ValueError(f"given start={start} with values that are not finite; expected numbers")
     if not abs((u @ w).item()) > 0:
         raise ValueError(f"given start={start} at a right angle to u; expected u·w_0 ≠ 0 (u = 0 where x tells nothing of y)")
     return w
