@@ -1,6 +1,7 @@
 """Noise after batch norm, the cost of small mini-batches, and the claims on both."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_no_noise_in_eval_and_the_random_state_stays():
     assert torch.equal(layer.eval()(x), x)
     assert torch.equal(torch.get_rng_state(), before)
     assert layer.step == 1
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_an_input_without_channels(shape):
+    for layer in (BatchNoise(3, 1), BatchNoise(3, 1, per_unit=True)):
+        with pytest.raises(ValueError, match=rf"given an input of shape {re.escape(str(shape))}; expected \(N, C, \*\)"):
+            layer(torch.ones(shape))
+        assert layer.step == 0
 
 
 def _noise(world):

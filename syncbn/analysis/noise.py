@@ -57,9 +57,11 @@ class BatchNoise(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, *) → (N, C, *)."""
+        """(N, C, *) → (N, C, *). ValueError of another shape, in training."""
         if not self.training:
             return x
+        if x.dim() < 2:
+            raise ValueError(f"given an input of shape {tuple(x.shape)}; expected (N, C, *)")
         if not in_backward():
             self.step += 1
         shared, own = self._generator(0), self._generator(1 + collectives.rank_and_size()[0])
