@@ -36,6 +36,7 @@ from syncbn.bench.network import data_parallel
 from syncbn.bench.timing import Quartiles, order, quartiles, ratio
 from syncbn.doctor.latency import meet, timed
 from syncbn.doctor.model import Stopwatch
+from syncbn.options import positive, whole
 
 CPU = torch.device("cpu")
 LOCAL, DEFAULT, OWN = "none, local batch norm", "default", "own"
@@ -143,27 +144,28 @@ def report(answers: list[dict[str, Any]], link: dict[str, str], options: argpars
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", choices=("auto", "throttled", "delayed"), default="auto", help="auto: throttled if it can be")
-    parser.add_argument("--delay", type=float, default=2.0, help="milliseconds before a layer's collective, where delayed")
+    parser.add_argument("--delay", type=positive, default=2.0, help="milliseconds before a layer's collective, where delayed")
     parser.add_argument("--rate", default="1gbit", help="of the link in each direction, as tc writes it")
     parser.add_argument("--queue", default="200ms", help="how long the link holds a packet at most before it drops some")
-    parser.add_argument("--layers", type=int, default=20, help="with batch norm")
-    parser.add_argument("--linear", type=int, default=4, help="large linear layers behind them")
-    parser.add_argument("--hidden", type=int, default=2048, help="width of the linear layers")
-    parser.add_argument("--images", type=int, default=16, help="on each rank")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--timeout", type=float, default=600.0)
+    parser.add_argument("--layers", type=whole(1), default=20, help="with batch norm")
+    parser.add_argument("--linear", type=whole(0), default=4, help="large linear layers behind them")
+    parser.add_argument("--hidden", type=whole(1), default=2048, help="width of the linear layers")
+    parser.add_argument("--images", type=whole(1), default=16, help="on each rank")
+    parser.add_argument("--repeats", type=whole(2), default=10)
+    parser.add_argument("--timeout", type=positive, default=600.0, help="seconds")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     try:
+        rows.prepare(options.results)
         link, answers = run(options)
-    except (OSError, processes.ProcessError) as error:
-        print(f"nothing is reported: {error}", file=sys.stderr)
-        return 1
-    if answers[0]["problem"]:
-        print(f"nothing is reported: {answers[0]['problem']}", file=sys.stderr)
-        return 1
-    print(rows.said(rows.append("own_group", report(answers, link, options), options.results)))
-    return 0
+        problem = answers[0]["problem"]
+        if not problem:
+            print(rows.said(rows.append("own_group", report(answers, link, options), options.results)))
+    except (OSError, processes.ProcessError, rows.RowError) as error:
+        problem = str(error)
+    if problem:
+        print(f"nothing is reported: {problem}", file=sys.stderr)
+    return 1 if problem else 0
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, str], list[dict[str, Any]]]:

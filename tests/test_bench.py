@@ -1,6 +1,7 @@
 """The benchmarks: every command once, end to end, and what it measures."""
 
 import functools
+import runpy
 import shutil
 import subprocess
 import sys
@@ -123,16 +124,50 @@ def test_modelled_efficiencies_need_no_measurement(tmp_path, capsys, monkeypatch
     assert "modelled ResNet-50 step" in capsys.readouterr().out
 
 
+OWN_GROUP = Path(__file__).parents[1] / "benchmarks" / "own_group.py"
+
+
 def test_a_group_of_its_own(tmp_path):
-    program = Path(__file__).parents[1] / "benchmarks" / "own_group.py"
     small = ["--layers=2", "--linear=1", "--hidden=16", "--images=2", "--repeats=2", "--timeout=60", f"--results={tmp_path}"]
-    done = subprocess.run([sys.executable, program, *small], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, OWN_GROUP, *small], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     found = read(tmp_path / "own_group.csv")
     assert [row["group"] for row in found] == ["none, local batch norm", "default", "own"]
     assert [float(row["milliseconds_in_collectives"]) > 0 for row in found] == [False, True, True]
     delayed = "a delay instead" in done.stderr
     assert {(row["rate"], row["delay"]) for row in found} == {("", "2ms") if delayed else ("1gbit", "")}
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--repeats=1", "a whole number, 2 or more"),
+        ("--layers=0", "a whole number, 1 or more"),
+        ("--linear=-1", "a whole number, 0 or more"),
+        ("--hidden=0", "a whole number, 1 or more"),
+        ("--images=0", "a whole number, 1 or more"),
+        ("--delay=-2", "a number above 0"),
+        ("--timeout=nan", "a number above 0"),
+    ],
+)
+def test_a_group_of_its_own_by_options_that_cannot_be(option, expected, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["own_group.py", option])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(OWN_GROUP), run_name="__main__")
+    name, value = option.split("=")
+    assert f"error: argument {name}: given '{value}'; expected {expected}" in capsys.readouterr().err
+
+
+def test_a_group_of_its_own_is_not_measured_where_no_row_can_be_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "run", mock.Mock(side_effect=AssertionError("measured")))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["own_group.py", "--link=delayed", f"--results={tmp_path / 'file'}"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(str(OWN_GROUP), run_name="__main__")
+    said = (
+        f"nothing is reported: no rows can be written to {tmp_path / 'file'} (FileExistsError: File exists); expected a folder"
+    )
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_what_the_memory_takes_is_measured_in_float32():
