@@ -15,8 +15,9 @@ NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, SyncBatchNormReLU),
 )
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# With the batch norm of their dimensions.
+CONVOLUTIONS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+TRANSPOSED = {nn.ConvTranspose1d: nn.BatchNorm1d, nn.ConvTranspose2d: nn.BatchNorm2d, nn.ConvTranspose3d: nn.BatchNorm3d}
 SPATIAL = (nn.BatchNorm2d, nn.BatchNorm3d)  # no (N, C) input
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # how torch's names begin: of the hooks and of their flags
 
@@ -26,10 +27,11 @@ def fold(model: nn.Module) -> fx.GraphModule:
 
     W' = s·W and b' = s·(b − E[x]) + β with s = γ·(Var[x] + ε)^(−1/2) (Ioffe & Szegedy 2015, section 3.1, algorithm 2), by
     torch's own fusion. Folded where the layer's output goes to the batch norm alone, the batch norm has running statistics and
-    no mask, both are of torch's own classes or ours and have no hooks around their forward (the older weight_norm,
-    spectral_norm and prune are such hooks), neither is called elsewhere in the graph, and nothing else reads the layer's
-    parameters; all else stays as it is, as do the addition and the ReLU of a SyncBatchNormReLU. A linear layer is taken to have
-    (N, C) input, where its features are the channels, but for a batch norm of two or three dimensions, which refuses it.
+    no mask, model.eval() puts both into eval mode, both are of torch's own classes or ours and have no hooks around their
+    forward (the older weight_norm, spectral_norm and prune are such hooks), neither is called elsewhere in the graph, and
+    nothing else reads the layer's parameters; all else stays as it is, as do the addition and the ReLU of a SyncBatchNormReLU.
+    A convolution is taken to have a batch, and a linear layer (N, C) input, where its features are the channels, but for a
+    batch norm of two or three dimensions, which refuses it.
 
     Args:
         model: any model that torch.fx can trace. It is left as it is.
@@ -38,14 +40,21 @@ def fold(model: nn.Module) -> fx.GraphModule:
         The copy in eval mode, its outputs equal to those of model.eval() to rounding.
 
     Raises:
-        ValueError: torch.fx cannot trace the model, or its forward was replaced in the instance.
+        ValueError: torch.fx cannot trace the model, it cannot be copied, or its forward was replaced in the instance.
     """
     if "forward" in vars(model):
         raise ValueError(
             f"given a {type(model).__name__} whose forward was replaced in the instance; expected that of its class, which "
             "torch.fx traces: undo the replacement, or fold the model before it"
         )
-    twin = revert(copy.deepcopy(model)).eval()
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:  # of whatever class the model's parts raise
+        raise ValueError(
+            f"given a {type(model).__name__} that cannot be copied ({type(error).__name__}: {error}); expected one that "
+            "copy.deepcopy takes: weights that hooks compute, as the older weight_norm's, are copied inside of torch.no_grad()"
+        ) from error
+    revert(twin).eval()
     try:
         traced = fx.GraphModule(twin, _Tracer().trace(twin))
     except Exception as error:
@@ -105,13 +114,24 @@ def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     """One layer that computes both, or None where torch's fusion does not apply."""
     if type(norm) not in NORMS or norm.running_mean is None or _is_changed(layer) or _is_changed(norm):
         return None
+    if layer.training or norm.training or not _fits(layer, norm):
+        return None
     if type(layer) in CONVOLUTIONS:
         return fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var,arg-type]
     if type(layer) in TRANSPOSED and layer.groups == 1:
         return fuse_conv_bn_eval(layer, norm, transpose=True)  # type: ignore[type-var,arg-type]
-    if type(layer) is nn.Linear and layer.out_features == norm.num_features and not isinstance(norm, SPATIAL):
+    if type(layer) is nn.Linear:
         return _fused_linear(layer, norm)
     return None
+
+
+def _fits(layer: Any, norm: Any) -> bool:
+    """Whether the layer's channels are those of the batch norm, and its dimensions, if that has its own."""
+    if type(layer) is nn.Linear:
+        return bool(layer.out_features == norm.num_features) and not isinstance(norm, SPATIAL)
+    its = CONVOLUTIONS.get(type(layer)) or TRANSPOSED.get(type(layer))
+    others = [cls for cls in CONVOLUTIONS.values() if cls is not its]
+    return its is not None and layer.out_channels == norm.num_features and not isinstance(norm, tuple(others))
 
 
 def _fused_linear(layer: nn.Linear, norm: Any) -> nn.Linear:

@@ -115,6 +115,56 @@ def test_fold_leaves_a_linear_layer_whose_features_are_no_channels(norm):
     assert torch.equal(folded(x), model.eval()(x))
 
 
+class StillTraining(nn.Module):
+    """Whose batch norm, or layer before it, goes on in training mode, as for adaptation at test time."""
+
+    def __init__(self, layer, norm, which):
+        super().__init__()
+        self.layer, self.norm, self.which = layer, norm, which
+
+    def train(self, mode=True):
+        super().train(mode)
+        getattr(self, self.which).train()
+        return self
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+@pytest.mark.parametrize("which", ["layer", "norm"])
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [(nn.Linear(3, 4), nn.BatchNorm1d(4), (5, 3)), (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), (2, 3, 5, 5))],
+)
+def test_fold_leaves_what_model_eval_leaves_in_training_mode(layer, norm, shape, which):
+    model, x = warmed(StillTraining(*copy.deepcopy((layer, norm)), which), *shape)
+    folded = syncbn.fold(model)
+    assert norms(folded) == [type(norm).__name__]
+    assert torch.equal(folded(x), copy.deepcopy(model).eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4), (3, 6, 6)),  # (4, 4, 4) without a batch, in which the second are the channels
+        (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(6), (3, 8)),
+        (nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm1d(4), (3, 2, 2)),
+    ],
+)
+def test_fold_leaves_a_convolution_whose_channels_are_others(layer, norm, shape):
+    model, x = warmed(nn.Sequential(*copy.deepcopy((layer, norm))), *shape)
+    folded = syncbn.fold(model)
+    assert norms(folded) == ["BatchNorm1d"]
+    assert torch.equal(folded(x), model.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's of its older weight_norm
+def test_fold_says_what_it_cannot_copy():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match=r"given a Sequential that cannot be copied \(RuntimeError: .*inside of torch.no_grad"):
+        syncbn.fold(model)
+
+
 def _pruned(layer):
     prune.l1_unstructured(layer, "weight", 0.5)
 

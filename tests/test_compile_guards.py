@@ -1,4 +1,4 @@
-"""What was compiled for one group, or for none, is not run for another: values by the oracle, backend aot_eager."""
+"""What compiled code is guarded by: groups, jobs, shapes, and tensors given twice. Backend aot_eager, which is fast."""
 
 import datetime
 import os
@@ -62,6 +62,47 @@ def test_a_job_begun_after_code_was_compiled(sizes, options):
     for rank, found in enumerate(worlds.run_fresh(2, _in_jobs, sizes, options, timeout=100, group_timeout=20.0)):
         for y, size in zip(found, sizes, strict=True):
             assert_by_ranks(y, rank, [0, 1] if size == 2 else [rank])
+
+
+class Strided(nn.Module):
+    """Behind a convolution of stride 2 lengths of the input differ where those of the mask are the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv1d(3, CHANNELS, 3, stride=2, dtype=torch.float64)
+        self.norm = layer(track_running_stats=False)
+        self.norm._force_sync = True
+
+    def forward(self, x, mask):
+        return self.norm(self.convolution(x), mask)
+
+
+def test_a_mask_fits_where_the_length_of_the_input_is_symbolic():
+    torch._dynamo.reset()
+    module = Strided()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for length in (9, 10, 12):
+        mask = torch.arange((length - 3) // 2 + 1) < torch.tensor([[1], [2], [3], [4]])
+        x = torch.randn(4, 3, length).double()
+        torch.testing.assert_close(compiled(x, mask), module(x, mask), rtol=1e-12, atol=1e-12)
+    with pytest.raises(Exception, match="a mask of shape"):
+        compiled(torch.randn(4, 3, 11).double(), torch.ones(4, 3, dtype=torch.bool))
+
+
+def test_the_input_as_its_own_residual():
+    torch._dynamo.reset()
+    module = syncbn.SyncBatchNormReLU(CHANNELS, dtype=torch.float64, track_running_stats=False)
+    module._force_sync = True
+    nn.init.uniform_(module.weight)
+    compiled, results = torch.compile(module, backend="aot_eager", fullgraph=True), []
+    for each in (compiled, module):
+        x = share(0).requires_grad_()
+        y = each(x, x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, module.weight.grad.clone()))
+        module.zero_grad()
+    for found, eager in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager, rtol=1e-12, atol=1e-12)
 
 
 def _in_groups(world, assigned):
