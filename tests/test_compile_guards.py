@@ -85,7 +85,7 @@ def test_a_mask_fits_where_the_length_of_the_input_is_symbolic():
         mask = torch.arange((length - 3) // 2 + 1) < torch.tensor([[1], [2], [3], [4]])
         x = torch.randn(4, 3, length).double()
         torch.testing.assert_close(compiled(x, mask), module(x, mask), rtol=1e-12, atol=1e-12)
-    with pytest.raises(Exception, match="a mask of shape"):
+    with pytest.raises(Exception, match=r"a mask of shape|Observed exception"):  # the latter is all that torch 2.11 says
         compiled(torch.randn(4, 3, 11).double(), torch.ones(4, 3, dtype=torch.bool))
 
 
