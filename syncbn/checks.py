@@ -129,7 +129,7 @@ class _Checks:
         self.warned = False
 
     def before(self, call: Call, local: Tensor) -> None:
-        if call.group is None or call.group.size() == 1:  # no collective follows: a rank may do that alone
+        if call.group is None:  # no collective follows, on no rank: one may do that alone
             return
         ranks = ranks_of(call.group)
         where, what = f"in {call.layer} {call.phase}", f"{call.channels} channels, {call.dtype}, {local.numel()} values"

@@ -330,15 +330,13 @@ def _without_collectives(world):
     """Rank 0 runs what communicates with nobody between two steps of all."""
     model = syncbn.convert(Net())
     without_statistics = syncbn.SyncBatchNorm1d(3, track_running_stats=False).eval()
-    of_one = syncbn.SyncBatchNorm1d(3)
-    of_one.process_group = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
     sized = syncbn.convert(nn.BatchNorm1d(3), group_size=1)
     x, found = torch.randn(5, 3, generator=torch.Generator().manual_seed(world.rank)), []
     with syncbn.checked(model):
         step(model, world.rank)
         if world.rank == 0:
             mask = torch.arange(5) < 4
-            found = [without_statistics(x, mask)[:4], of_one(x), sized(x)]
+            found = [without_statistics(x, mask)[:4], sized(x)]
         step(model, world.rank)
     return x, [y.detach() for y in found]
 
@@ -346,9 +344,31 @@ def _without_collectives(world):
 def test_a_rank_may_run_layers_alone_that_communicate_with_nobody():
     (x, found), (_, nothing) = worlds.run_fresh(2, _without_collectives)
     assert not nothing
-    expected = [oracle.batch_norm([share], [torch.zeros_like(share)]).y[0] for share in (x[:4], x, x)]
+    expected = [oracle.batch_norm([share], [torch.zeros_like(share)]).y[0] for share in (x[:4], x)]
     for y, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def _in_unequal_groups(world):
+    """The first layer over all ranks, the second over ranks 0 and 1, and rank 2 by itself: all of them come to each call."""
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2])]
+    model = syncbn.convert(Net(), lambda path, layer: None if path == "first" else groups[world.rank // 2])
+    with syncbn.checked(model):
+        for _ in range(2):
+            step(model, world.rank)
+    try:
+        with syncbn.checked(model):
+            step(model, world.rank, ("second",) if world.rank == 2 else ("first", "second"))
+    except syncbn.CollectiveError as error:
+        return model.first.running_mean.tolist(), model.second[0].running_mean.tolist(), str(error)
+
+
+def test_ranks_in_groups_of_different_sizes_are_compared():
+    (everyones, pairs, error), (*_, same), (*_, third) = results = worlds.run_fresh(3, _in_unequal_groups)
+    assert [first for first, *_ in results] == [everyones] * 3
+    assert [second == pairs for _, second, _ in results] == [True, True, False]
+    assert same == third == error
+    assert error.startswith("ranks differ at call 1: rank 2 is in second.0 forward, ranks 0, 1 in first forward;")
 
 
 def _evaluated_alone(world):
