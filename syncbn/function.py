@@ -58,7 +58,8 @@ def sync_batch_norm(
     Raises:
         ValueError: fewer than 2 dimensions, channels or a mask that do not fit, one running statistic of the two, negative eps,
             tensors on several devices, a device without float64, a rank outside of the group; in training, an input or a mask
-            that torch.func.vmap batches beside running statistics that it does not.
+            that torch.func.vmap batches beside running statistics that it does not, or an input made in inference mode that
+            is to be kept for backward.
         TypeError: a dtype that is not of the four, a mask that is not bool, a momentum that is no number, a group that is none.
         CollectiveError: a peer is gone, or did not come within the group's timeout.
     """
