@@ -127,6 +127,8 @@ def test_a_group_that_is_none():
         syncbn.SyncBatchNorm2d(3, process_group=3)
     with pytest.raises(TypeError, match=r"given group_size=2.0; expected an int"):
         syncbn.SyncBatchNorm2d(3, group_size=2.0)
+    with pytest.raises(TypeError, match=r"given group_size=True; expected an int"):
+        syncbn.SyncBatchNorm2d(3, group_size=True)
     with pytest.raises(ValueError, match="given group_size=0; expected 1 or more"):
         syncbn.convert(nn.BatchNorm2d(3), group_size=0)
 

@@ -115,6 +115,21 @@ def test_alone_an_empty_batch_leaves_the_statistics_of_a_cumulative_average(empt
             torch.testing.assert_close(mine.get_buffer(name), buffer)
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_layer_that_counts_no_batches_moves_by_its_momentum_and_without_one_not_at_all(forced, momentum):
+    """As torch's layer does."""
+    mine, theirs = (kind(3, momentum=momentum) for kind in (syncbn.SyncBatchNorm2d, nn.BatchNorm2d))
+    mine._force_sync = forced
+    for layer in (mine, theirs):
+        layer.num_batches_tracked = None
+        for _ in range(2):
+            layer(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1)
+    assert mine.num_batches_tracked is None
+    for got, expected in ((mine.running_mean, theirs.running_mean), (mine.running_var, theirs.running_var)):
+        torch.testing.assert_close(got, expected, rtol=1e-6 if forced else 0, atol=0)
+
+
 def test_what_is_made_in_inference_mode_is_taken_where_nothing_trains():
     layer = syncbn.SyncBatchNorm2d(3)
     layer._force_sync = True

@@ -11,7 +11,13 @@ import syncbn
 from syncbn.population import pool_running_stats
 
 # ---- pool_running_stats
-COUNTS = {"alike": (5, 5, 5, 5), "unequal": (1, 6, 3, 2), "one never trained": (4, 0, 2, 1), "uncounted": (0, 0, 0, 0)}
+COUNTS = {
+    "alike": (5, 5, 5, 5),
+    "unequal": (1, 6, 3, 2),
+    "one never trained": (4, 0, 2, 1),
+    "one batch": (0, 1, 0, 0),
+    "uncounted": (0, 0, 0, 0),
+}
 
 
 def trained(rank, counts, dtype):

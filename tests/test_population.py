@@ -52,7 +52,9 @@ def test_the_estimates_differ():
     assert (population(calls, True)[1] > 1.1 * population(calls, False)[1]).any()
 
 
-@pytest.mark.parametrize(("num_batches", "table"), [(2, STEPS["unequal"][:2]), (9, STEPS["unequal"])])
+@pytest.mark.parametrize(
+    ("num_batches", "table"), [(1, STEPS["unequal"][:1]), (2, STEPS["unequal"][:2]), (9, STEPS["unequal"])]
+)
 def test_so_many_batches_and_no_more_are_taken(num_batches, table):
     taken = []
     batches = whole_batches(STEPS["unequal"], 2)[0]
