@@ -14,6 +14,7 @@ import nccl_ranks
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +25,7 @@ BATCH, STEPS, CLASSES = 6, 4, 3  # samples of a rank in a step
 MICRO = [(3, 1), (0, 4), (2, 2)]
 # Samples of each rank's batches, of which one has fewer.
 UNEVEN = [[3, 2, 4, 3], [5, 1]]
+RAGGED = 2 * BATCH * (STEPS - 1) + 2  # samples, the last of which are a batch of their own
 
 
 def network() -> nn.Module:
@@ -133,6 +135,26 @@ def uneven(directory: Path) -> dict:
     return {"warnings": [str(warning.message) for warning in warned], "state": state}
 
 
+def evened(directory: Path) -> dict:
+    """even_steps over a loader that accelerate prepared: where batches differ in number, and where nothing is to be done."""
+    found: dict[str, object] = {}
+    for even in (False, True):
+        accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=even))
+        model = syncbn.convert(network())
+        loader = DataLoader(TensorDataset(*data(RAGGED)), batch_size=BATCH)
+        model, optimizer, loader = accelerator.prepare(model, optimizer_of(model), loader)
+        steps = []
+        for (x, target), weight in syncbn.even_steps(loader):
+            optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(model(x), target, reduction="sum") * weight)
+            optimizer.step()
+            steps.append(len(x))
+        found |= {f"{even}": accelerator.unwrap_model(model).state_dict(), f"steps, {even}": steps}
+    plugin = GradientAccumulationPlugin(num_steps=3, sync_with_dataloader=False)
+    loader = Accelerator(gradient_accumulation_plugin=plugin).prepare(DataLoader(torch.arange(10.0), batch_size=1))
+    return found | {"accumulated": [batch.item() for batch, _ in syncbn.even_steps(loader)]}
+
+
 class WithLoss(nn.Module):
     """A model as transformers' Trainer wants it."""
 
@@ -172,7 +194,7 @@ def main() -> None:
     if torch.cuda.is_available():  # where there are fewer GPUs than ranks, some share one
         rank, size, gpus = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
         os.environ.update(nccl_ranks.settings(rank, size, gpus, torch.cuda.nccl.version()), LOCAL_RANK=str(rank % gpus))
-    cases = [plain, accumulated, uneven, *([trainer] if importlib.util.find_spec("transformers") else [])]
+    cases = [plain, accumulated, uneven, evened, *([trainer] if importlib.util.find_spec("transformers") else [])]
     if sys.argv[2:]:
         cases = [case for case in cases if case.__name__ in sys.argv[2:]]
     found = {case.__name__: case(directory) for case in cases}

@@ -45,6 +45,11 @@ BAD = {
         ValueError,
         r"given input of shape \(4, 2\) and weight of shape \(3,\); expected weight of shape \(2,\)",
     ),
+    "column": (
+        lambda: _call(weight=torch.ones(3, 1)),
+        ValueError,
+        r"weight of shape \(3, 1\); expected weight of shape \(3,\)",
+    ),
     "running channels": (lambda: _call(running_var=torch.ones(4)), ValueError, r"running_var of shape \(4,\)"),
     "integers": (lambda: _call(X.long()), TypeError, r"given input of torch.int64; expected float16"),
     "complex": (lambda: _call(X + 0j), TypeError, r"given input of torch.complex64; expected float16"),
