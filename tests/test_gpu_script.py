@@ -55,7 +55,8 @@ def test_what_it_asks_can_be_asked(tmp_path, monkeypatch):
     assert len(chosen(ran[1][1])) == 2 * 2 * len(RESNET50)
     assert asked[0] == ["-m", "syncbn", "build"]
     assert asked[1][:2] == ["-m", "pytest"]
-    assert {Path(name).stem for name in asked[1][2:]} == files_of_gpus()
+    assert asked[1][2] == "--session-timeout=1800"
+    assert {Path(name).stem for name in asked[1][3:]} == files_of_gpus()
 
 
 def files_of_gpus() -> set[str]:
