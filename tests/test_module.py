@@ -165,6 +165,19 @@ def test_eval_without_running_statistics_takes_the_local_batch(forced):
     assert torch.equal(layer(x), nn.BatchNorm2d(3, track_running_stats=False).eval()(x))
 
 
+@pytest.mark.parametrize("form", ["layer", "function"])
+def test_an_eps_of_zero_adds_nothing(form):
+    x, dy = (torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(seed)).double() / 100 for seed in (0, 1))
+    layer = syncbn.SyncBatchNorm(3, eps=0.0, dtype=torch.float64)
+    layer._force_sync = True
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf) if form == "layer" else syncbn.sync_batch_norm(leaf, None, None, training=True, eps=0.0, _force_sync=True)
+    y.backward(dy)
+    expected = oracle.batch_norm([x], [dy], eps=0.0)
+    torch.testing.assert_close(y, expected.y[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, expected.dx[0], rtol=1e-12, atol=1e-12)
+
+
 def test_any_number_of_dimensions_from_two():
     for shape in [(6, 3), (6, 3, 2), (2, 3, 2, 2), (2, 3, 1, 2, 2), (2, 3, 2, 1, 2, 2)]:
         layer = syncbn.SyncBatchNorm(3)
