@@ -243,6 +243,13 @@ def test_a_forward_that_fails_inside_does_not_count():
     torch.testing.assert_close(model[1].running_mean, 0.1 * x.mean(0))
 
 
+def test_a_users_class_that_counts_and_fails_before_its_collective_has_not_counted():
+    model = pair(Counting)
+    with accumulate_statistics(model), pytest.raises(ValueError, match="one value per channel"):
+        model(torch.randn(5, 2).double())
+    assert model[0].num_batches_tracked == 0
+
+
 def test_only_layers_that_are_called_move_and_only_those_of_the_model():
     model, other = pair(nn.BatchNorm1d, nn.BatchNorm1d), pair(nn.BatchNorm1d)
     model[0].eval()
