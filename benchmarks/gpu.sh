@@ -4,8 +4,8 @@
 #     [PYTHON=.venv/bin/python] [SECONDS_IN_ALL=5400] benchmarks/gpu.sh [FOLDER]
 #
 # What a step prints goes to FOLDER (gpu-logs). Each has a limit, so that one that hangs costs no other; those for which no time is
-# left are named. The tests take a third of the time at most: those that have run by then are reported, and the rows follow.
-# Exit status: 0 if all succeeded, else 1.
+# left are named. After a third of the time no further test begins, and those that ran are reported: the rows are to follow.
+# Exit status: 0 if all succeeded, every test among them, else 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${PYTHON:-.venv/bin/python} in_all=${SECONDS_IN_ALL:-5400} logs=${1:-gpu-logs} status=0 running=
@@ -28,7 +28,8 @@ step() { # its name, the limit in seconds, the command
 bench() { step "$1" "$2" "$python" -m syncbn bench "${@:3}"; }
 
 step build 120 "$python" -m syncbn build
-step tests $((in_all / 3 + 120)) "$python" -m pytest --session-timeout=$((in_all / 3)) tests/test_*cuda*.py tests/test_devices*.py tests/test_nccl.py tests/test_accelerate.py
+step tests $((in_all / 3 + 120)) "$python" -m pytest --session-timeout=$((in_all / 3)) \
+    tests/test_*cuda*.py tests/test_devices*.py tests/test_nccl.py tests/test_accelerate.py
 bench resnet50 300 resnet50
 bench layer-of-resnet50 300 layer --device cuda --shapes "${of_resnet50[@]}"
 bench fused 200 fused --device cuda

@@ -143,13 +143,13 @@ def evened(directory: Path) -> dict:
         model = syncbn.convert(network())
         loader = DataLoader(TensorDataset(*data(RAGGED)), batch_size=BATCH)
         model, optimizer, loader = accelerator.prepare(model, optimizer_of(model), loader)
-        steps = []
+        samples = []
         for (x, target), weight in syncbn.even_steps(loader):
             optimizer.zero_grad()
             accelerator.backward(F.cross_entropy(model(x), target, reduction="sum") * weight)
             optimizer.step()
-            steps.append(len(x))
-        found |= {f"{even}": accelerator.unwrap_model(model).state_dict(), f"steps, {even}": steps}
+            samples.append(len(x))
+        found[f"even_batches={even}"] = {"state": accelerator.unwrap_model(model).state_dict(), "samples": samples}
     plugin = GradientAccumulationPlugin(num_steps=3, sync_with_dataloader=False)
     loader = Accelerator(gradient_accumulation_plugin=plugin).prepare(DataLoader(torch.arange(10.0), batch_size=1))
     return found | {"accumulated": [batch.item() for batch, _ in syncbn.even_steps(loader)]}

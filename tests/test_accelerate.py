@@ -119,16 +119,16 @@ def test_even_steps_over_a_prepared_loader(found):
     batch, full = program.BATCH, [program.BATCH] * (program.STEPS - 1)
     x, target = program.data(program.RAGGED)
     again = torch.arange(program.RAGGED + 2 * batch - 2) % program.RAGGED
-    for even, order in (("False", again[: program.RAGGED]), ("True", again)):
+    for even, order in ((False, again[: program.RAGGED]), (True, again)):
         model = program.network()
         optimizer = program.optimizer_of(model)
         for part in order.split(2 * batch):
             optimizer.zero_grad()
             F.cross_entropy(model(x[part]), target[part]).backward()
             optimizer.step()
-        for rank, result in enumerate(ranks["evened"] for ranks in found):
-            assert result[f"steps, {even}"] == [*full, batch if even == "True" else 2 - 2 * rank]
-            assert_same_state(result[even], model.state_dict())
+        for rank, result in enumerate(ranks["evened"][f"even_batches={even}"] for ranks in found):
+            assert result["samples"] == [*full, batch if even else 2 - 2 * rank]
+            assert_same_state(result["state"], model.state_dict())
     for rank, result in enumerate(ranks["evened"] for ranks in found):
         assert result["accumulated"] == [*range(rank, 10, 2)]
 

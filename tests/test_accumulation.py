@@ -101,7 +101,8 @@ def expected(micro):
     state = model.state_dict()
     for name, (mean, var) in running.items():
         state |= {f"{name}.running_mean": mean, f"{name}.running_var": var}
-        state |= {counted: torch.tensor(STEPS) for counted in [f"{name}.num_batches_tracked"] if counted in state}
+        if layers[name].num_batches_tracked is not None:
+            state[f"{name}.num_batches_tracked"] = torch.tensor(STEPS)
     return state
 
 

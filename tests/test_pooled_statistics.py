@@ -10,7 +10,6 @@ from torch import nn
 import syncbn
 from syncbn.population import pool_running_stats
 
-# ---- pool_running_stats
 COUNTS = {
     "alike": (5, 5, 5, 5),
     "unequal": (1, 6, 3, 2),
