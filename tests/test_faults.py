@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 import worlds
 from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from syncbn import control
 
 TIMEOUT = 3.0  # of the groups
 MARGIN = 5.0  # seconds that a loaded machine may add
@@ -82,6 +85,35 @@ def train(group, fault, victim, checked):
     return None
 
 
+def last_step_without_backward(group, rank):
+    """What a rank says, and how long after: the last has a step more, followed by the others, and it is only a forward."""
+    model = syncbn.convert(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), group)
+    ddp = DistributedDataParallel(model, process_group=group)
+    joined = syncbn.SyncBatchNormJoin(ddp)
+    try:
+        with Join([joined, ddp]), ddp.no_sync():  # or the wrapper's own collectives fail first
+            for step in range(2 if rank == 2 else 1):
+                loss = ddp(torch.randn(4, 3)).square().sum()
+                if step == 0:
+                    loss.backward()
+                start = time.monotonic()
+    except RuntimeError as error:
+        return type(error).__name__, str(error), time.monotonic() - start
+    return None
+
+
+def lost_between_two_messages(group, rank):
+    """What a rank says, and how long after: the last says how much it has to send, and sends nothing."""
+    side = control.side_group(group)
+    start = time.monotonic()
+    try:
+        if rank == 2:
+            return side.gather_rows(control.Place("objects", ""), [10])()
+        side.gather_objects("a value")
+    except RuntimeError as error:
+        return type(error).__name__, str(error), time.monotonic() - start
+
+
 def _failing(world):
     """Errors of one rank; each on groups of its own, with checks and without."""
     found = {}
@@ -90,6 +122,8 @@ def _failing(world):
             group = impatient(TIMEOUT)
             found[fault, checked] = train(group, fault, world.rank == VICTIM, checked)
             dist.barrier()  # the victim lives on, and says nothing
+    found["join"] = last_step_without_backward(impatient(TIMEOUT), world.rank)
+    found["messages"] = lost_between_two_messages(impatient(TIMEOUT), world.rank)
     return found
 
 
@@ -114,6 +148,23 @@ def test_an_error_on_one_rank_reaches_the_others_within_the_timeout(fault, check
         else:
             where = f"layer 'second' failed in forward on rank {rank} of 3, in a group of 3 on cpu"
             assert_unchecked(kind, message, seconds, where)
+
+
+def test_a_rank_out_of_data_waits_no_longer_than_the_timeout():
+    for found in failing()[:2]:
+        kind, message, seconds = found["join"]
+        assert kind == "CollectiveError"
+        assert message.startswith("a rank out of data waited in vain for backward of layer '1'; expected the ranks with data")
+        assert seconds < TIMEOUT + MARGIN
+
+
+def test_a_rank_lost_between_two_control_messages_is_an_error_of_the_others_within_the_timeout():
+    for rank, found in enumerate(failing()[:2]):
+        kind, message, seconds = found["messages"]
+        assert kind == "CollectiveError"
+        where = f"where rank {rank} is in an exchange of objects: gone, frozen, or elsewhere for longer than 0:00:03"
+        assert message.startswith(f"no answer from rank 2, {where}")
+        assert seconds < TIMEOUT + MARGIN
 
 
 def assert_unchecked(kind, message, seconds, where):

@@ -223,6 +223,28 @@ def test_another_order_of_calls_is_an_error():
             assert "use syncbn.even_steps" in message
 
 
+def _without_backward(world):
+    """As where a loss that is not finite is skipped."""
+    ddp = DistributedDataParallel(syncbn.convert(Choosing()))
+    try:
+        with Join([SyncBatchNormJoin(ddp), ddp]), ddp.no_sync():
+            for step in range(3):
+                loss = ddp(torch.randn(4, 3), "ab").square().sum()
+                if step != 1:
+                    loss.backward()
+    except syncbn.CollectiveError as error:
+        return str(error), step
+    return None
+
+
+def test_a_step_without_its_backward_is_an_error_in_the_next():
+    for rank, result in enumerate(results(2)):
+        message, step = result["_without_backward"]
+        wanted = f"given a forward after 2 calls of a step on rank {rank} of 2; expected backward of layer 'b', 6 values, as"
+        assert message.startswith(wanted)
+        assert step == 2
+
+
 def _misuse(world):
     errors = {}
     part = dist.new_group([0, 1])
@@ -265,7 +287,11 @@ def _early_termination(world):
     return None
 
 
-OTHER_CASES = {2: [_another_order, _misuse, _early_termination], 3: [_two_epochs, _by_ranks_with_data], 4: [_two_groups]}
+OTHER_CASES = {
+    2: [_another_order, _without_backward, _misuse, _early_termination],
+    3: [_two_epochs, _by_ranks_with_data],
+    4: [_two_groups],
+}
 
 
 def test_throw_on_early_termination():
