@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import interrupts
 import numpy as np
 import pytest
 import torch
@@ -30,13 +31,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 
 def start(directory: Path, *options: str) -> "subprocess.Popen[str]":
     """The command as a user starts it; every process of it has the directory as TMPDIR in its environment."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits SIGINT ignored, not handled
     command = [sys.executable, "-m", "syncbn", "demo", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    try:
+    with interrupts.heard():
         return subprocess.Popen(command, cwd=directory, env=os.environ | {"TMPDIR": str(directory)}, **pipes)
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def end(demo: "subprocess.Popen[str]") -> None:

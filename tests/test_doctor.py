@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import interrupts
 import pytest
 import torch
 import worlds
@@ -501,11 +502,8 @@ def test_an_interrupt():
     more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "syncbn", "doctor", f"--model={MODULE}:waits_for_ever"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits SIGINT ignored, not handled
-    try:
+    with interrupts.heard():
         doctor = subprocess.Popen(command, env=os.environ | more, **pipes)
-    finally:
-        signal.signal(signal.SIGINT, handler)
     with doctor:
         assert "waits\n" in iter(doctor.stdout.readline, "")
         doctor.send_signal(signal.SIGINT)

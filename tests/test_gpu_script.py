@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import interrupts
 import pytest
 
 from syncbn.__main__ import main
@@ -29,7 +30,8 @@ def started(directory: Path, case: str = "none", does: str = "true", **environme
     python.write_text(WRITES.format(asked=directory / "asked", case=case, does=does))
     python.chmod(0o755)
     where = {"PATH": "/usr/bin:/bin", "PYTHON": str(python)} | environment
-    return subprocess.Popen([SCRIPT, directory / "logs"], stdout=subprocess.PIPE, text=True, env=where)
+    with interrupts.heard():
+        return subprocess.Popen([SCRIPT, directory / "logs"], stdout=subprocess.PIPE, text=True, env=where)
 
 
 def said(script: "subprocess.Popen[str]") -> dict[str, str]:
