@@ -3,6 +3,7 @@
 With TRITON_INTERPRET=1 tensors of the CPU are given to the kernels in Triton, which the library launches by the interpreter.
 """
 
+import importlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ def use():
     """In this process, from here on."""
     library = extension.library = extension.load(Path(os.environ["BY_LIBRARY"]))
     if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("interpreted").patch_once()
         in_triton().use(library)
         kernels.pick = lambda x: in_triton() if in_triton().takes(x) else kernels.composed()
     others = {name: getattr(library, name) for name in dir(library) if not name.startswith("_")}

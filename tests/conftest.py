@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, memory that shows when it is read before it is written, devices and their kernels."""
 
+import importlib
 import math
 import os
 import sys
@@ -19,6 +20,8 @@ LONGEST = ["compile", "host", "node", "launch", "triton", "launch_lightning", "k
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        importlib.import_module("interpreted").patch_once()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts two more
     hypothesis.settings.load_profile("long" if config.getoption("markexpr") == "campaign" else "short")
 
