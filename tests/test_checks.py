@@ -397,10 +397,10 @@ def test_a_rank_may_evaluate_alone_and_a_wrapper_be_copied():
 def _apart_at_the_timeout(world):
     """Ranks that wait for the same message in vain, in different places."""
     side = side_group(world.group)
-    side._gloo = mock.Mock(**{"allgather.side_effect": RuntimeError("connection closed")})
+    side._gloo = mock.Mock(**{"allgather.return_value.wait.side_effect": RuntimeError("connection closed")})
     place = Place(f"place {world.rank}", f"in place {world.rank}", at="call 3")
     try:
-        side.gather_rows(place)
+        side.gather_rows(place)()
     except syncbn.CollectiveError as error:
         return str(error)
 
