@@ -139,6 +139,11 @@ def mask_problem(x: Tensor, mask: Tensor | None) -> Exception | None:
     return None
 
 
+def half_tracked(layer: str) -> ValueError:
+    """For running statistics of which one is missing."""
+    return ValueError(f"given one of running_mean and running_var; expected both or neither ({where(layer)})")
+
+
 def where(layer: str) -> str:
     """The end of an error message: which layer, on which rank."""
     rank, size = collectives.rank_and_size()

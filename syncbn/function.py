@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import differentiable, kernels, observing
-from .arguments import as_number, eager_problem, mask_problem, problem_of, residual_problem, where
+from .arguments import as_number, eager_problem, half_tracked, mask_problem, problem_of, residual_problem, where
 from .collectives import Group, GroupLike
 from .eager import Rest, normalize, strided_as
 from .kernels import Affine, Running, extension
@@ -63,10 +63,10 @@ def sync_batch_norm(
         TypeError: a dtype that is not of the four, a mask that is not bool, a momentum that is no number, a group that is none.
         CollectiveError: a peer is gone, or did not come within the group's timeout.
     """
+    if (running_mean is None) != (running_var is None):
+        raise half_tracked("sync_batch_norm")
     if not training:
         return local(input, running_mean, running_var, Affine(weight, bias, eps), False, mask, "sync_batch_norm")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"given one of running_mean and running_var; expected both or neither ({where('sync_batch_norm')})")
     momentum = as_number(momentum)
     if not isinstance(momentum, (int, float)):
         raise TypeError(

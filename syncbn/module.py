@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from .arguments import where
+from .arguments import half_tracked, where
 from .collectives import Group, GroupLike, ProcessGroup
 from .function import Site, local, train
 from .kernels import Affine, Running
@@ -107,6 +107,8 @@ class _Synchronized(_BatchNorm):
             raise ValueError(f"{error} ({where(self._syncbn_name())})") from None
         weight, bias, mean, var, counted = self._syncbn_tensors()
         affine = Affine(weight, bias, self.eps, relu, residual)
+        if (mean is None) != (var is None) and (self.track_running_stats or not self.training):
+            raise half_tracked(self._syncbn_name())
         if not self.training:
             return local(input, mean, var, affine, mean is None and var is None, mask, self._syncbn_name())
         running = None

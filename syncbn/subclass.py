@@ -21,7 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from .arguments import where
+from .arguments import half_tracked, where
 from .function import Site, in_backward, train
 from .kernels import Affine, Running
 from .module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, _Synchronized
@@ -185,6 +185,8 @@ class _Redirect(TorchFunctionMode):
             self.evaluated = True
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         self.count()
+        if (running_mean is None) != (running_var is None):
+            raise half_tracked(self.site.layer)
         running = None
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, None, momentum)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.fx
+import torch.nn.functional as F
 import worlds
 from collectives_seen import CollectivesSeen
 from torch import nn
@@ -23,8 +24,8 @@ X = torch.randn(4, 3, 2, 2)
 
 def _call(x=X, **changes):
     ones = torch.ones(3)
-    arguments = {"running_mean": ones.clone(), "running_var": ones.clone(), "weight": ones, "bias": ones} | changes
-    return syncbn.sync_batch_norm(x, training=True, _force_sync=True, **arguments)
+    arguments = {"running_mean": ones.clone(), "running_var": ones.clone(), "weight": ones, "bias": ones, "training": True}
+    return syncbn.sync_batch_norm(x, _force_sync=True, **arguments | changes)
 
 
 def _nested(layout):
@@ -56,6 +57,7 @@ BAD = {
     "integer weight": (lambda: _call(weight=torch.ones(3).long()), TypeError, r"given weight of torch.int64"),
     "eps": (lambda: _call(eps=-1e-5), ValueError, r"given eps=-1e-05; expected 0 or more"),
     "one buffer": (lambda: _call(running_mean=None), ValueError, r"one of running_mean and running_var; expected both"),
+    "one in eval": (lambda: _call(running_var=None, training=False), ValueError, r"one of running_mean and running_var; exp"),
     "momentum": (lambda: _call(momentum=None), TypeError, r"given momentum=None; expected a number"),
     "weight": (lambda: _call(weight=2.0), TypeError, r"given weight=2.0; expected a tensor \(C,\), or None"),
     "mask": (lambda: _call(mask=[True] * 4), TypeError, r"given a mask of type list; expected a tensor of torch.bool"),
@@ -123,6 +125,41 @@ def test_a_counter_elsewhere():
     with CollectivesSeen() as log, pytest.raises(ValueError, match="given input on cpu and num_batches_tracked on meta; exp"):
         layer(X)
     assert log.seen == []
+
+
+class Subclass(nn.BatchNorm2d):
+    """Whose forward is its own."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+ONE_BUFFER = {
+    "layer": lambda: syncbn.SyncBatchNorm2d(2),
+    "layer in eval mode": lambda: syncbn.SyncBatchNorm2d(2).eval(),
+    "with a ReLU": lambda: syncbn.SyncBatchNormReLU(2),
+    "of a class of the user's": lambda: syncbn.convert(Subclass(2)),  # whose eval mode is its own
+}
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+@pytest.mark.parametrize("name", ONE_BUFFER)
+def test_one_running_statistic_of_the_two(name, missing):
+    layer = ONE_BUFFER[name]()
+    setattr(layer, missing, None)
+    with CollectivesSeen() as log, pytest.raises(ValueError, match="given one of running_mean and running_var") as raised:
+        layer(torch.randn(4, 2, 3, 3))
+    assert str(raised.value).endswith(f"; expected both or neither (layer {layer._syncbn_name()!r}, rank 0 of 1)")
+    assert log.seen == []
+
+
+def test_one_running_statistic_of_two_that_are_not_used():
+    """As torch has it: in training a layer that tracks none does not look at them."""
+    layer, theirs = syncbn.SyncBatchNorm2d(2), nn.BatchNorm2d(2)
+    x = torch.randn(4, 2, 3, 3)
+    for each in (layer, theirs):
+        each.track_running_stats, each.running_var = False, None
+    torch.testing.assert_close(layer(x), theirs(x))
 
 
 def test_a_group_that_is_none():
