@@ -129,6 +129,9 @@ def test_an_optimizer_s_own_step(sizes):
 def test_the_optimizer_is_left_as_it_was():
     model = net()
     optimizer = trained(model)
+    elsewhere = torch.nn.Parameter(torch.ones(2))
+    elsewhere.grad = torch.full_like(elsewhere, 2)
+    optimizer.add_param_group({"params": [elsewhere]})
     before = copy.deepcopy(optimizer.state_dict())
     tensors = {id(value) for state in optimizer.state.values() for value in state.values()}
     model.head.bias.grad = torch.ones(3, dtype=torch.float64)
@@ -141,6 +144,8 @@ def test_the_optimizer_is_left_as_it_was():
     assert tensors == {id(value) for state in optimizer.state.values() for value in state.values()}
     assert model.head.bias.grad.eq(1).all()
     assert model.head.weight.grad is None
+    assert elsewhere.eq(1).all()
+    assert elsewhere.grad.eq(2).all()
 
 
 def stepped(model, optimizer):

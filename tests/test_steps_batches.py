@@ -95,7 +95,7 @@ def batch_of(kind, n):
     ids, names = tuple(range(n)), [f"s{i}" for i in range(n)]
     return {
         "tensor": x,
-        "list": [x.half(), target, names],
+        "list": [x.half(), target, names, Sample],  # a class, which is no sample
         "tuple": (ids, (x, [target]), "train", None),
         "dict": {"scale": scale, "x": x, "inner": {"names": names, "target": target}, "kind": "image"},
         "named": Pair(x, {"t": target}),

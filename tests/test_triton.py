@@ -173,6 +173,20 @@ def test_momentum_and_eps_reach_the_device_in_full():
 
 
 @interpreted
+@pytest.mark.parametrize("momentum", [0.5, None])
+def test_autograd_sees_that_buffers_moved(momentum):
+    x = torch.randn(8, 3)
+    running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), momentum)
+    before = [buffer._version for buffer in running[:3]]
+    in_triton().normalize(x, aten.moments(x), Affine(None, None, 1e-5), running)
+    assert all(buffer._version > version for buffer, version in zip(running[:3], before, strict=True))
+    with torch.inference_mode():
+        running = Running(torch.zeros(3), torch.ones(3), torch.tensor(0), momentum)
+        in_triton().normalize(x, aten.moments(x), Affine(None, None, 1e-5), running)
+        assert running.num_batches_tracked == 1
+
+
+@interpreted
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, where the interpreter computes with infinity
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_stays_in_its_channel(value, monkeypatch):
