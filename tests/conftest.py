@@ -1,6 +1,6 @@
 """Shared by all tests: one thread, memory that shows when it is read before it is written, devices and their kernels."""
 
-import importlib
+import importlib.util
 import math
 import os
 import sys
@@ -20,7 +20,7 @@ LONGEST = ["compile", "host", "node", "launch", "triton", "launch_lightning", "k
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         importlib.import_module("interpreted").patch_once()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts two more
     hypothesis.settings.load_profile("long" if config.getoption("markexpr") == "campaign" else "short")
