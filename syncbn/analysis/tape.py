@@ -81,7 +81,7 @@ def _depths(root: Any, ends: set[Any]) -> dict[Any, int]:
         node = stack[-1]
         before = [child for child, _ in node.next_functions if child is not None]
         missing = [child for child in before if child not in depth]
-        if missing and node not in depth:
+        if missing:
             stack += missing
             continue
         stack.pop()
