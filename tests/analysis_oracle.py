@@ -46,8 +46,12 @@ def line(x: list[float], y: list[float]) -> float:
 
 def growth(norms: list[float], first: int, last: int) -> float:
     """exp(−slope) of log norm² by depth, over depths first to last."""
-    depths = list(range(first, last + 1))
-    return math.exp(-line(depths, [2 * math.log(norms[depth - 1]) for depth in depths]))
+    return growth_over(list(range(first, last + 1)), norms[first - 1 : last])
+
+
+def growth_over(depths: list[int], norms: list[float]) -> float:
+    """The same of norms at any depths."""
+    return math.exp(-line(depths, [2 * math.log(norm) for norm in norms]))
 
 
 def growth_by_sampling(values: int, phi: Callable[[Tensor], Tensor], samples: int, seed: int) -> float:

@@ -157,6 +157,10 @@ def test_norms_are_those_of_the_whole_batch_on_any_number_of_ranks(sizes):
         assert {layer.name: layer.depth for layer in growth.layers} == ORDER
         assert [layer.weight_norm for layer in growth.layers] == pytest.approx(weights, rel=1e-12)
         assert [layer.output_norm for layer in growth.layers] == pytest.approx(outputs, rel=1e-12)
+        factors = [oracle.growth_over(list(ORDER.values()), norms) for norms in (weights, outputs)]
+        assert [growth.lambda_sq, growth.lambda_sq_output] == pytest.approx(factors, rel=1e-10)
+        assert growth.lambda_norm == pytest.approx(math.sqrt(factors[0]), rel=1e-10)
+        assert growth.first_over_last == pytest.approx(weights[0] / weights[-1], rel=1e-12)
         values, samples = sizes[rank] * 4.0, sizes[rank]
         assert growth.norms == (NormLayer("norm", values, 48.0, samples), NormLayer("norm2", values, 48.0, samples))
 
@@ -184,6 +188,7 @@ def test_the_fit_leaves_out_the_ends(depth, span):
 def test_too_few_layers_have_no_fit():
     assert math.isnan(fitted([1], [4.0]).lambda_sq)
     assert math.isnan(fitted([1, 2], [4.0, 0.0]).lambda_sq)
+    assert fitted([1, 2], [6.0, 2.0]).lambda_sq == pytest.approx(3)
 
 
 @pytest.mark.parametrize("values", [4, 8, 16, 64])
