@@ -135,10 +135,10 @@ def expected_error(case):
         return ValueError
     if case.dtype not in FLOATING:
         return TypeError
-    if case.given != case.channels:
-        return ValueError
     if case.track and isinstance(case.momentum, str):
         return TypeError
+    if case.given != case.channels:
+        return ValueError
     if case.mask == "float":
         return TypeError
     if case.mask == "short":
