@@ -150,7 +150,8 @@ def plain(case: Case, xs: list[Tensor], dys: list[Tensor], seed: int = 0) -> ora
     whole = torch.cat([oracle.flat(x) for x in xs]).t().contiguous()[None].requires_grad_()
     dy = torch.cat([oracle.flat(g) for g in dys]).t().contiguous()[None]
     mixed = case.param_dtype not in (None, case.dtype)
-    if case.fused != "none" or sum(sizes) <= 1 or (mixed and (case.param_dtype != torch.float32 or case.dtype == torch.float64)):
+    torch_has_none = mixed and (case.param_dtype != torch.float32 or case.dtype == torch.float64)
+    if case.fused != "none" or sum(sizes) <= 1 or torch_has_none:
         return None
     y = F.batch_norm(whole, mean, var, weight, bias, True, momentum_of(case), case.eps)
     y.backward(dy)

@@ -2,9 +2,9 @@
 
 `check`, of what a layer computes: a result passes if its error against the float64 oracle is at most twice the error of plain
 PyTorch on the whole batch in the same dtype, plus a floor. The floors are units in the last place of the result's dtype,
-relative to the largest value of the tensor:
+relative to the largest value of the tensor, or to the sizes of the terms of a sum:
 
-    float16, bfloat16   1 unit: one rounding of the output is half of that
+    float16, bfloat16   1 unit of the largest value: one rounding of the output is half of that; and what float32 has
     float32             2 units (1.2e-7 each): the roundings of x − hi, of the scale, the addend and the result
     float64             50 units: sums of some hundred terms
     every dtype         1e-14·(1 + (mean/std)²): the message's raw moments S2/n − μ² lose the square of the ratio
@@ -52,13 +52,17 @@ def check(
     Args:
         plain: plain PyTorch's result for the whole batch; None allows the floor alone.
         ratio: the largest mean/sqrt(var + eps) of the channels.
-        computed: the dtype of the computation, where that of the result may be finer.
-        scale: what the floor is relative to; None: the largest expected value.
+        computed: the dtype of the computation, where that of the result may be finer; that of half precision is float32.
+        scale: what the floor of the computation is relative to; None: the largest expected value.
     """
     if scale is None:
         scale = expected.abs().max().item() if expected.numel() else 0.0
-    coarser = max((result.dtype, computed or result.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    is_half = result.dtype in (torch.float16, torch.bfloat16)
+    wide = torch.float32 if is_half else result.dtype
+    coarser = max((wide, computed or wide), key=lambda dtype: torch.finfo(dtype).eps)
     allowed = floor(coarser, ratio) * scale
+    if is_half and expected.numel():
+        allowed += floor(result.dtype) * expected.nan_to_num(0, 0, 0).abs().max().item()
     if plain is not None:
         allowed += 2 * error(plain, expected)
     assert math.isfinite(allowed), f"{name}: plain PyTorch itself is off by {error(plain, expected)}"
